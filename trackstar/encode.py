@@ -1,0 +1,260 @@
+"""Encode: tokens in, un-whitened gradient rows out. Read this file first.
+
+    row(z) = P_d ( grad Loss(z) / sqrt(V) )          [d], float32
+
+An `Encoder` holds a frozen model, the folded projections and the hooks. `encode` batches examples of equal padded length,
+runs one forward and one backward pass per batch and returns one row per example in the order given. `contributions` runs
+the same pass and returns how much every token and block adds to the inner product with a query.
+
+Reproducibility: the padded length of an example depends on its own length only, and no matrix product ever has fewer rows
+than where kernels change their summation order. On the CPU kernels this was measured with (see tests/unit/test_encode.py)
+rows are therefore bitwise independent of batch size, order and neighbours. Experts of a mixture see token counts that
+depend on the batch, so there (and on GPUs) rows agree to rounding only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trackstar import loss
+from trackstar.capture import Capture, Factors, RoutedTokens, RowSink, TokenSink
+from trackstar.errors import InvalidRequest, UnsupportedModel
+from trackstar.loss import MIN_KERNEL_ROWS, Objective, cross_entropy
+from trackstar.model import LoadedModel
+from trackstar.separable import SeparableScale
+from trackstar.projection import BlockLayout, normal_factor
+
+_PROBE_TOKENS = 32
+_ROUTED_EXPERT = re.compile(r"experts?\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """Tokens int32 [T] and the position of the first target; a passage has `first_target` 1, a query its prompt's length."""
+
+    tokens: NDArray[np.int32]
+    first_target: int = 1
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens whose prediction counts."""
+        return max(0, len(self.tokens) - max(1, self.first_target))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Rows float32 [N, d] and the summed loss float32 [N] of N examples, in the order they were given."""
+
+    rows_ND: Tensor
+    loss_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributions:
+    """Shares of <row, query>: `by_token_Tb` [T, blocks], plus `unplaced_b` [blocks] from experts whose tokens are not known."""
+
+    by_token_Tb: Tensor
+    unplaced_b: Tensor
+
+    @property
+    def total(self) -> float:
+        """The inner product itself, float64 sum of all shares."""
+        return float(self.by_token_Tb.double().sum() + self.unplaced_b.double().sum())
+
+
+def fold_factors(
+    loaded: LoadedModel, layout: BlockLayout, correction: Mapping[str, SeparableScale | Tensor], *, seed: int
+) -> dict[str, Factors]:
+    """Fold the optimizer correction into the projection of every weight matrix.
+
+    Args:
+        loaded: the model with its members.
+        layout: the blocks of a row.
+        correction: V^(-1/2) by weight name: separable, or an elementwise [m, n] matrix that is applied to every
+            per-example gradient (exact and slow: the gradients are formed).
+        seed: the projection's seed.
+    """
+    device, dtype = loaded.model.device, loaded.model.dtype
+    factors: dict[str, Factors] = {}
+    for member in loaded.members:
+        index = loaded.block_of(member, layout)
+        block = layout.blocks[index]
+        out_mp = normal_factor(
+            seed=seed, name=member.name, side="out", size=block.rows, features=range(member.out_features)
+        )
+        in_nq = normal_factor(seed=seed, name=member.name, side="in", size=block.cols, features=range(member.in_features))
+        scale = correction[member.name]
+        exact = isinstance(scale, Tensor)
+        factors[member.name] = Factors(
+            block=index,
+            terms=1 if exact else scale.out.shape[0],
+            out=(out_mp if exact else _fold(out_mp, scale.out)).to(device, dtype),
+            in_=(in_nq if exact else _fold(in_nq, scale.in_)).to(device, dtype),
+            elementwise=scale.to(device, dtype) if exact else None,
+        )
+    return factors
+
+
+def _fold(factor_fp: Tensor, scale_Kf: Tensor) -> Tensor:
+    """[features, p] and [K, features] to [features, K * p], term by term."""
+    return torch.cat([factor_fp * scale_f[:, None] for scale_f in scale_Kf], dim=1)
+
+
+def padded_length(num_tokens: int) -> int:
+    """Length that an example is padded to: a function of its own length alone, at most 1/32 above it."""
+    step = 1 << max(0, (num_tokens // 32).bit_length() - 1)
+    return -(-num_tokens // step) * step
+
+
+def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples that share a padded length, longest first, at most `max_batch_tokens` padded tokens a batch."""
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(padded_length(length), []).append(index)
+    for length in sorted(by_length, reverse=True):
+        indices = by_length[length]
+        size = max(1, max_batch_tokens // length)
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+class Encoder:
+    """Turns examples into rows with one model; installs its hooks on construction.
+
+    Raises:
+        UnsupportedModel: a module that should contribute received no gradient in a probe pass; the message names it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        layout: BlockLayout,
+        factors: Mapping[str, Factors],
+        *,
+        max_batch_tokens: int = 8192,
+        head_chunk_tokens: int = 1024,
+        objective: Objective = cross_entropy,
+    ) -> None:
+        self.loaded = loaded
+        self.layout = layout
+        self.max_batch_tokens = max_batch_tokens
+        self._head_chunk_tokens = head_chunk_tokens
+        self._objective = objective
+        self._capture = Capture(loaded, layout, factors)
+        self._one_by_one = False
+        self._probe()
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        self._capture.remove()
+
+    def encode(self, examples: Sequence[Example], *, on_batch: Callable[[int], None] | None = None) -> Encoded:
+        """Rows and losses of `examples`.
+
+        Args:
+            examples: at least two tokens each are needed for a gradient; shorter ones give a zero row.
+            on_batch: called with the number of tokens after each batch.
+
+        Raises:
+            InvalidRequest: an example is empty or longer than the model's window.
+        """
+        self._check(examples)
+        device = self.loaded.model.device
+        rows_ND = torch.empty(len(examples), self.layout.dim, dtype=torch.float32, device=device)
+        loss_N = torch.empty(len(examples), dtype=torch.float32, device=device)
+        for indices in self._batches(examples):
+            batch = [examples[index] for index in indices]
+            tokens_BT, is_target_BT = self._pad(batch)
+            shape = {"num_examples": tokens_BT.shape[0], "num_tokens": tokens_BT.shape[1]}
+            sink = RowSink(
+                self.layout, num_examples=shape["num_examples"], num_sites=self._capture.num_sites, device=device
+            )
+            with self._capture.into(sink, **shape):
+                losses_B = self._backward(tokens_BT, is_target_BT)
+            where = torch.tensor(indices, device=device)
+            rows_ND[where] = sink.finish()[: len(batch)]
+            loss_N[where] = losses_B[: len(batch)]
+            if on_batch is not None:
+                on_batch(sum(len(example.tokens) for example in batch))
+        return Encoded(rows_ND=rows_ND, loss_N=loss_N)
+
+    def contributions(self, examples: Sequence[Example], query_d: Tensor) -> list[Contributions]:
+        """How every token and block of each example adds to <row, query_d>; query_d is float32 [d], un-normalised."""
+        self._check(examples)
+        query_d = query_d.to(self.loaded.model.device)
+        found: list[Contributions | None] = [None] * len(examples)
+        for indices in self._batches(examples):
+            batch = [examples[index] for index in indices]
+            tokens_BT, is_target_BT = self._pad(batch)
+            shape = {"num_examples": tokens_BT.shape[0], "num_tokens": tokens_BT.shape[1]}
+            sink = TokenSink(self.layout, query_d=query_d, **shape)
+            with self._capture.into(sink, **shape):
+                self._backward(tokens_BT, is_target_BT)
+            for position, index in enumerate(indices):
+                found[index] = Contributions(
+                    by_token_Tb=sink.contributions_BTb[position, : len(examples[index].tokens)].cpu(),
+                    unplaced_b=sink.unplaced_Bb[position].cpu(),
+                )
+        return [item for item in found if item is not None]
+
+    def _backward(self, tokens_BT: Tensor, is_target_BT: Tensor) -> Tensor:
+        return loss.backward(
+            self.loaded.model,
+            tokens_BT,
+            is_target_BT,
+            objective=self._objective,
+            chunk_tokens=self._head_chunk_tokens,
+        )
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
+        if self._one_by_one:
+            return iter([[index] for index in range(len(examples))])
+        return plan_batches([len(example.tokens) for example in examples], self.max_batch_tokens)
+
+    def _pad(self, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, T] and target mask bool [B, T], with dummy examples where B * T would be too small."""
+        length = padded_length(max(len(example.tokens) for example in batch))
+        num_rows = len(batch) if self._one_by_one else max(len(batch), -(-MIN_KERNEL_ROWS // length))
+        tokens_BT = np.zeros((num_rows, length), dtype=np.int64)
+        is_target_BT = np.zeros((num_rows, length), dtype=bool)
+        for row, example in enumerate(batch):
+            tokens_BT[row, : len(example.tokens)] = example.tokens
+            is_target_BT[row, max(1, example.first_target) : len(example.tokens)] = True
+        device = self.loaded.model.device
+        return torch.from_numpy(tokens_BT).to(device), torch.from_numpy(is_target_BT).to(device)
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        for index, example in enumerate(examples):
+            if not len(example.tokens):
+                raise InvalidRequest(f"example {index} has no tokens")
+            if len(example.tokens) > self.loaded.max_tokens:
+                raise InvalidRequest(
+                    f"example {index} has {len(example.tokens)} tokens, more than the model's window of "
+                    f"{self.loaded.max_tokens}; shorten it"
+                )
+
+    def _probe(self) -> None:
+        """Run a few tokens through the model: every contributing module must receive a gradient."""
+        vocabulary = self.loaded.model.get_input_embeddings().weight.shape[0]
+        num_tokens = min(_PROBE_TOKENS, self.loaded.max_tokens)
+        tokens = np.random.Generator(np.random.Philox(key=0)).integers(0, vocabulary, (2, num_tokens), dtype=np.int32)
+        examples = [Example(tokens=row) for row in tokens]
+        with self._capture.watching() as seen:
+            try:
+                self.encode(examples)
+            except RoutedTokens:
+                self._one_by_one = True
+                self.encode(examples)
+        for member in self.loaded.members:
+            if member.module_name not in seen and not (self._one_by_one and _ROUTED_EXPERT.search(member.module_name)):
+                raise UnsupportedModel(
+                    f"{member.module_name!r} should contribute but received no gradient in a probe pass; "
+                    f"leave it out on purpose with --exclude {member.module_name!r}"
+                )

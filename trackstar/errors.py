@@ -1,0 +1,62 @@
+"""The one exception tree of the project.
+
+Every error that a user can cause or repair is a `TrackstarError` whose message is one clear sentence: it names the
+thing and says what to do. Anything else that escapes is a defect. Services map these classes to gRPC status codes in a
+single table; the command line prints the message and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class TrackstarError(Exception):
+    """Base of all errors the project raises on purpose; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class InvalidRequest(TrackstarError):
+    """The caller asked for something that cannot be done as asked: a bad record, an empty target, an unknown key."""
+
+    exit_code = 2
+
+
+class NotFound(TrackstarError):
+    """A named file, folder, passage or generation does not exist."""
+
+    exit_code = 3
+
+
+class NotReady(TrackstarError):
+    """The thing exists but is not finished yet, such as an index whose rows are still being built."""
+
+    exit_code = 4
+
+
+class Overloaded(TrackstarError):
+    """There is no capacity for the request now; the same request can succeed later."""
+
+    exit_code = 5
+
+
+class CorruptArtifact(TrackstarError):
+    """An artifact on disk does not hold what its receipt says: truncated, altered or unreadable."""
+
+    exit_code = 6
+
+
+class Incompatible(TrackstarError):
+    """Two artifacts do not belong together: rows of another checkpoint, moments of another model."""
+
+    exit_code = 7
+
+
+class UnsupportedModel(TrackstarError):
+    """The model holds a weight that should contribute gradients and cannot."""
+
+    exit_code = 8
+
+
+class StorageFull(TrackstarError):
+    """The disk is full; what was committed before stays valid."""
+
+    exit_code = 9

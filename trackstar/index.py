@@ -1,0 +1,199 @@
+"""An index on disk: what it was built from, its rows, and its generations.
+
+    index.json                 identity: checkpoint, corpus, moments, projection, encoding; fixed by the first run
+    correction.safetensors     the optimizer correction of every weight matrix, so that queries get the same one
+    rows/                      see `rows`
+    statistics/                R_train and R_task
+    generations/<id>/          see `generation`
+    active.json                the generation that answers
+
+Opening validates: a missing part, other digests or another format is one clear error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trackstar.encode import Encoder, fold_factors
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
+from trackstar.generation import Generation
+from trackstar.model import LoadedModel, load_model
+from trackstar.moments import SeparableScale
+from trackstar.projection import Block, BlockLayout
+from trackstar.rows import RowStore
+from trackstar.storage import publish, publish_json, read_json
+
+FORMAT = 1
+Correction = dict[str, SeparableScale | Tensor]
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Index:
+    """Read access to an index folder.
+
+    Raises:
+        NotFound: the folder holds no index.
+        Incompatible: it was written in another format.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not (self.root / "index.json").is_file():
+            raise NotFound(f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`")
+        self.facts: dict[str, Any] = read_json(self.root / "index.json")
+        if self.facts.get("format") != FORMAT:
+            raise Incompatible(
+                f"{str(root)!r} has format {self.facts.get('format')!r}, this version reads format {FORMAT}; build it again"
+            )
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Blocks of a row."""
+        return BlockLayout(
+            blocks=tuple(
+                Block(name=block["name"], rows=block["rows"], cols=block["cols"]) for block in self.facts["blocks"]
+            )
+        )
+
+    def rows(self) -> RowStore:
+        """The finished rows."""
+        return RowStore(self.root / "rows")
+
+    def generation_names(self) -> list[str]:
+        """Names of the finished generations."""
+        return sorted(path.parent.name for path in (self.root / "generations").glob("*/generation.json"))
+
+    def active(self) -> str:
+        """Name of the generation that answers.
+
+        Raises:
+            NotReady: none is active yet.
+        """
+        try:
+            name: str = read_json(self.root / "active.json")["generation"]
+        except NotFound as error:
+            raise NotReady(f"{str(self.root)!r} has no active generation yet; give the index command again") from error
+        return name
+
+    def generation(self, name: str | None = None, *, rows: RowStore | None = None) -> Generation:
+        """Open a generation, the active one by default.
+
+        Raises:
+            NotFound: no generation of that name.
+        """
+        chosen = name or self.active()
+        if chosen not in self.generation_names():
+            raise NotFound(f"{str(self.root)!r} has no generation {chosen!r}; it has {', '.join(self.generation_names()) or 'none'}")
+        return Generation(self.root / "generations" / chosen, rows or self.rows(), self.layout)
+
+    def load_model(self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+        """The checkpoint that the rows were made with.
+
+        Args:
+            path: its folder now, if it has moved.
+            device: a torch device.
+            trust_remote_code: run Python code that the folder brings.
+
+        Raises:
+            Incompatible: it is another checkpoint; both digests are named.
+        """
+        folder = path or self.facts["model"]["path"]
+        loaded = load_model(
+            folder,
+            dtype=COMPUTE_DTYPES[self.facts["compute_dtype"]],
+            device=device,
+            trust_remote_code=trust_remote_code,
+            exclude=self.facts["exclude"],
+        )
+        if loaded.digest != self.facts["model"]["digest"]:
+            raise Incompatible(
+                f"{str(folder)!r} has digest {loaded.digest[:12]}, the index was built with checkpoint "
+                f"{self.facts['model']['digest'][:12]}; give the checkpoint it was built with"
+            )
+        return loaded
+
+    def encoder(self, loaded: LoadedModel) -> Encoder:
+        """An encoder that makes rows of the same kind as the index holds."""
+        correction = load_correction(self.root / "correction.safetensors")
+        factors = fold_factors(loaded, self.layout, correction, seed=self.facts["projection"]["seed"])
+        return Encoder(loaded, self.layout, factors, max_batch_tokens=self.facts["max_batch_tokens"])
+
+
+def save_correction(path: Path, correction: Correction) -> None:
+    """Publish the correction of every weight matrix."""
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    for name, scale in correction.items():
+        if isinstance(scale, Tensor):
+            tensors[f"{name}:elementwise"] = scale.contiguous()
+        else:
+            tensors[f"{name}:out"] = scale.out.contiguous()
+            tensors[f"{name}:in"] = scale.in_.contiguous()
+            errors[name] = scale.error
+    publish(path, safetensors.torch.save(tensors, {"errors": json.dumps(errors, sort_keys=True)}))
+
+
+def load_correction(path: Path) -> Correction:
+    """What `save_correction` wrote.
+
+    Raises:
+        CorruptArtifact: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            errors = json.loads(file.metadata()["errors"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except Exception as error:
+        raise CorruptArtifact(f"{str(path)!r} is unreadable; delete the index folder and build it again") from error
+    correction: Correction = {key.removesuffix(":elementwise"): t for key, t in tensors.items() if key.endswith(":elementwise")}
+    for name, error_value in errors.items():
+        correction[name] = SeparableScale(out=tensors[f"{name}:out"], in_=tensors[f"{name}:in"], error=error_value)
+    return correction
+
+
+# Where things lay and how many tokens went into a batch may change between runs; what they hold may not.
+_FREE_TO_CHANGE = ("model.path", "corpus.paths", "max_batch_tokens")
+
+
+def check_identity(root: Path, identity: dict[str, Any]) -> None:
+    """Compare what is about to be built with what the folder holds already, if anything.
+
+    Raises:
+        Incompatible: the folder holds an index of other things; the message names the first difference and both values.
+        InvalidRequest: the folder holds something else than an index.
+    """
+    path = root / "index.json"
+    if path.is_file():
+        for key, then, now in _differences(read_json(path), json.loads(json.dumps(identity)), ""):
+            if key not in _FREE_TO_CHANGE:
+                raise Incompatible(
+                    f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give another --out"
+                )
+    elif root.exists() and not root.is_dir():
+        raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
+    elif root.is_dir() and any(root.iterdir()):
+        raise InvalidRequest(f"{str(root)!r} is not empty and holds no index; give another --out")
+
+
+def fix_identity(root: Path, identity: dict[str, Any]) -> None:
+    """Write index.json unless it is there."""
+    path = root / "index.json"
+    if not path.is_file():
+        publish_json(path, identity)
+
+
+def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [
+            difference
+            for key in sorted(then.keys() | now.keys())
+            for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if then == now else [(prefix, then, now)]

@@ -1,0 +1,255 @@
+"""Loading a checkpoint and finding the weight matrices that contribute to a row.
+
+Contract: `load_model` returns the frozen model, its tokenizer, a digest of what was loaded, and one `Member` for every
+weight matrix inside the decoder layers: Linear and Conv1D modules, routers, and fused experts. Embeddings, the language
+model head, norms and biases are out (METHOD). A weight with two or more dimensions that is none of these is an error that
+names it: nothing that should contribute is skipped in silence. Only safetensors are read, and remote code is refused
+unless it is asked for.
+
+What it does not do: compute anything. Hooks live in `capture`, moments in `moments`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from trackstar.errors import InvalidRequest, NotFound, UnsupportedModel
+from trackstar.projection import Block, BlockLayout
+
+MemberKind = Literal["linear", "conv1d", "router", "expert"]
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|\bfc[12]\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One weight matrix [out_features, in_features] that contributes to a block.
+
+    `name` is the parameter's name; a fused expert adds its index, as in `…experts.down_proj[3]`.
+    """
+
+    name: str
+    module_name: str
+    kind: MemberKind
+    layer: int
+    part: Literal["attention", "mlp"]
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A frozen checkpoint in evaluation mode with the members found in it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    members: tuple[Member, ...]
+    num_layers: int
+    max_tokens: int
+    digest: str
+    path: str
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder without its language-model head."""
+        base: nn.Module = self.model.base_model
+        return base
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def layout(self, *, layer_blocks: int, rows: int, cols: int) -> BlockLayout:
+        """Blocks in the order (group of layers, attention before MLP)."""
+        groups = min(layer_blocks, self.num_layers)
+        blocks = []
+        for group in range(groups):
+            layers = [layer for layer in range(self.num_layers) if layer * groups // self.num_layers == group]
+            for part in ("attention", "mlp"):
+                blocks.append(Block(name=f"layers {layers[0]}-{layers[-1]} {part}", rows=rows, cols=cols))
+        return BlockLayout(blocks=tuple(blocks))
+
+    def block_of(self, member: Member, layout: BlockLayout) -> int:
+        """Index of the block that `member` adds to."""
+        groups = len(layout.blocks) // 2
+        return 2 * (member.layer * groups // self.num_layers) + (member.part == "mlp")
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    exclude: Sequence[str] = (),
+) -> LoadedModel:
+    """Load a Hugging Face causal language model from a folder with safetensors.
+
+    Args:
+        path: the checkpoint's folder.
+        dtype: precision of weights and activations.
+        device: a torch device.
+        trust_remote_code: run Python code that the folder brings; refused by default.
+        exclude: shell patterns of module names left out on purpose.
+
+    Raises:
+        NotFound: no such folder, or no safetensors in it.
+        InvalidRequest: the folder needs remote code, or is not a causal language model.
+        UnsupportedModel: a weight should contribute and cannot.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotFound(f"there is no checkpoint folder {str(path)!r}; give the folder that holds config.json")
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"{str(path)!r} holds no config.json; give the folder of a Hugging Face checkpoint")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise NotFound(
+            f"{str(path)!r} holds no .safetensors file; save the model again with save_pretrained (pickled weights are refused)"
+        )
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, **arguments
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InvalidRequest(
+                f"{str(path)!r} needs code that it brings along; read that code, then pass --trust-remote-code"
+            ) from error
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidRequest(f"{str(path)!r} cannot be loaded as a causal language model: {first_line}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+    except (ValueError, OSError, KeyError) as error:
+        raise NotFound(f"{str(path)!r} holds no usable tokenizer; save it beside the model with save_pretrained") from error
+    model = model.to(device).eval().requires_grad_(False)
+    members, num_layers = find_members(model, exclude=exclude)
+    text_config = config.get_text_config()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        members=members,
+        num_layers=num_layers,
+        max_tokens=int(getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", 2048)),
+        digest=_digest([folder / "config.json", *weights], dtype),
+        path=str(path),
+    )
+
+
+def find_members(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> tuple[tuple[Member, ...], int]:
+    """The contributing weight matrices in module order, and the number of decoder layers.
+
+    Raises:
+        UnsupportedModel: no decoder layers found, or a weight that should contribute and cannot; the message names it.
+    """
+    layers_name, num_layers = _decoder_layers(model)
+    outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    members: list[Member] = []
+    for module_name, module in model.named_modules():
+        weights = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2}
+        if not weights or id(module) in outside or isinstance(module, nn.Embedding):
+            continue
+        if any(fnmatch(module_name, pattern) for pattern in exclude):
+            continue
+        if not module_name.startswith(layers_name + "."):
+            raise UnsupportedModel(
+                f"{module_name!r} ({type(module).__name__}) holds weights outside the decoder layers {layers_name!r}; "
+                f"leave it out on purpose with --exclude {module_name!r}"
+            )
+        layer, _, inner = module_name[len(layers_name) + 1 :].partition(".")
+        for kind, weight_name, out_features, in_features in _matrices(module, module_name, weights):
+            members.append(
+                Member(
+                    name=weight_name,
+                    module_name=module_name,
+                    kind=kind,
+                    layer=int(layer),
+                    part=_part(inner, module_name),
+                    out_features=out_features,
+                    in_features=in_features,
+                )
+            )
+    if not members:
+        raise UnsupportedModel(f"{type(model).__name__} has no Linear or Conv1D layer in {layers_name!r} that could contribute")
+    return tuple(members), num_layers
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether the module holds all experts of a layer in 3-D parameters behind transformers' experts interface."""
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_gate", "has_bias", "down_proj"))
+
+
+def _matrices(
+    module: nn.Module, module_name: str, weights: dict[str, nn.Parameter]
+) -> Iterator[tuple[MemberKind, str, int, int]]:
+    if isinstance(module, nn.Linear):
+        yield "linear", f"{module_name}.weight", module.out_features, module.in_features
+    elif isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        yield "conv1d", f"{module_name}.weight", out_features, in_features
+    elif is_fused_experts(module):
+        for name, weight in weights.items():
+            if weight.ndim != 3:  # the biases of experts are [experts, features]
+                continue
+            first, second = weight.shape[1:]
+            out_features, in_features = (second, first) if module.is_transposed else (first, second)
+            for expert in range(weight.shape[0]):
+                yield "expert", f"{module_name}.{name}[{expert}]", out_features, in_features
+    elif set(weights) == {"weight"} and weights["weight"].ndim == 2:
+        # A router: transformers keeps its matrix as a bare parameter. Capture checks that it is really applied linearly.
+        out_features, in_features = weights["weight"].shape
+        yield "router", f"{module_name}.weight", out_features, in_features
+    else:
+        shapes = ", ".join(f"{name} {tuple(weight.shape)}" for name, weight in weights.items())
+        raise UnsupportedModel(
+            f"{module_name!r} ({type(module).__name__}) holds weights that cannot contribute yet: {shapes}; "
+            f"leave it out on purpose with --exclude {module_name!r}"
+        )
+
+
+def _part(inner: str, module_name: str) -> Literal["attention", "mlp"]:
+    if _ATTENTION.search(inner):
+        return "attention"
+    if _MLP.search(inner):
+        return "mlp"
+    raise UnsupportedModel(
+        f"cannot tell whether {module_name!r} belongs to attention or to the MLP; leave it out on purpose with "
+        f"--exclude {module_name!r}"
+    )
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, int]:
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    candidates = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not candidates:
+        raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} decoder layers")
+    return max(candidates)[1], num_layers
+
+
+def _digest(files: Sequence[Path], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(str(dtype).encode())
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

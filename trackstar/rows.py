@@ -1,0 +1,364 @@
+"""Row shards: the un-whitened gradient rows of a corpus on disk, with the passages they belong to.
+
+    rows/000007.safetensors   one tensor "rows" [n, d], bfloat16 or float32; row i at a computable offset
+    rows/000007.parquet       sidecar: passage, tokens, loss, norm and CRC-32 of every row
+    rows/000007.json          receipt: counts, digests of both files, where the next shard starts; written last
+    rows/complete.json        totals, written when the corpus is finished
+
+`passage_id` is the global row number, so shard and offset follow by arithmetic: every shard but the last holds exactly
+`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, and each is
+checked against its CRC; whole shards are read in order by `batches`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
+from trackstar.passages import Cursor, Passage
+from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
+
+ROW_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+_SCHEMA = pa.schema(
+    [
+        ("passage_id", pa.int64()),
+        ("doc_id", pa.string()),
+        ("text", pa.string()),
+        ("source", pa.string()),
+        ("metadata", pa.string()),
+        ("token_start", pa.int64()),
+        ("token_end", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("loss", pa.float32()),
+        ("norm", pa.float32()),
+        ("crc32", pa.uint32()),
+    ]
+)
+# Small groups, so that fetching a passage decodes few others.
+_ROW_GROUP = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a finished shard holds and where the next one starts."""
+
+    shard: int
+    num_passages: int
+    num_tokens: int
+    rows_digest: str
+    sidecar_digest: str
+    next_cursor: Cursor
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    passages: Sequence[Passage],
+    rows_ND: Tensor,
+    loss_N: Tensor,
+    *,
+    dtype: str,
+    next_cursor: Cursor,
+) -> Receipt:
+    """Publish one shard: rows, sidecar, then the receipt that makes it exist.
+
+    Args:
+        folder: the `rows` folder.
+        shard: number of the shard.
+        passages: the N passages.
+        rows_ND: float32 [N, d]; stored as `dtype`, rounded to nearest even.
+        loss_N: float32 [N].
+        dtype: "bfloat16" or "float32".
+        next_cursor: where the next shard starts in the corpus.
+    """
+    stored_ND = rows_ND.cpu().to(ROW_DTYPES[dtype]).contiguous()
+    raw = stored_ND.view(torch.uint8).numpy()
+    columns: dict[str, Any] = {
+        "passage_id": [passage.passage_id for passage in passages],
+        "doc_id": [passage.doc_id for passage in passages],
+        "text": [passage.text for passage in passages],
+        "source": [passage.source for passage in passages],
+        "metadata": [json.dumps(dict(passage.metadata), sort_keys=True, ensure_ascii=False) for passage in passages],
+        "token_start": [passage.token_start for passage in passages],
+        "token_end": [passage.token_end for passage in passages],
+        "tokens": [passage.tokens for passage in passages],
+        "loss": loss_N.cpu().numpy(),
+        "norm": rows_ND.norm(dim=1).cpu().numpy(),
+        "crc32": np.array([zlib.crc32(row) for row in raw], dtype=np.uint32),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd", row_group_size=_ROW_GROUP)
+    stem = _stem(folder, shard)
+    rows_digest = publish(stem.with_suffix(".safetensors"), safetensors.torch.save({"rows": stored_ND}))
+    sidecar_digest = publish(stem.with_suffix(".parquet"), buffer.getvalue())
+    receipt = Receipt(
+        shard=shard,
+        num_passages=len(passages),
+        num_tokens=sum(len(passage.tokens) for passage in passages),
+        rows_digest=rows_digest,
+        sidecar_digest=sidecar_digest,
+        next_cursor=next_cursor,
+    )
+    publish_json(
+        stem.with_suffix(".json"),
+        {
+            "shard": shard,
+            "num_passages": receipt.num_passages,
+            "num_tokens": receipt.num_tokens,
+            "rows_digest": rows_digest,
+            "sidecar_digest": sidecar_digest,
+            "next_cursor": list(next_cursor),
+        },
+    )
+    return receipt
+
+
+def finished_shards(folder: Path) -> list[Receipt]:
+    """Receipts of the shards 0, 1, … that exist without a gap.
+
+    Raises:
+        CorruptArtifact: a receipt is unreadable.
+    """
+    receipts: list[Receipt] = []
+    while (path := _stem(folder, len(receipts)).with_suffix(".json")).is_file():
+        content = read_json(path)
+        try:
+            receipts.append(
+                Receipt(
+                    shard=content["shard"],
+                    num_passages=content["num_passages"],
+                    num_tokens=content["num_tokens"],
+                    rows_digest=content["rows_digest"],
+                    sidecar_digest=content["sidecar_digest"],
+                    next_cursor=Cursor(*content["next_cursor"]),
+                )
+            )
+        except (KeyError, TypeError) as error:
+            raise CorruptArtifact(f"{str(path)!r} is not a shard receipt; delete it to build the shard again") from error
+    return receipts
+
+
+def mark_complete(folder: Path, *, shard_passages: int, dim: int, dtype: str) -> None:
+    """Publish the totals of a finished corpus."""
+    receipts = finished_shards(folder)
+    publish_json(
+        folder / "complete.json",
+        {
+            "num_passages": sum(receipt.num_passages for receipt in receipts),
+            "num_tokens": sum(receipt.num_tokens for receipt in receipts),
+            "num_shards": len(receipts),
+            "shard_passages": shard_passages,
+            "dim": dim,
+            "dtype": dtype,
+            "digest": digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts]),
+        },
+    )
+
+
+def _stem(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:06d}"
+
+
+class RowStore:
+    """Read access to finished rows.
+
+    Raises:
+        NotReady: the rows are not complete.
+        CorruptArtifact: a file does not have the size, shape or type its receipt and totals say.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            totals = read_json(folder / "complete.json")
+        except NotFound as error:
+            raise NotReady(f"the rows in {str(folder)!r} are not complete; give the index command again") from error
+        self.num_passages: int = totals["num_passages"]
+        self.num_tokens: int = totals["num_tokens"]
+        self.shard_passages: int = totals["shard_passages"]
+        self.dim: int = totals["dim"]
+        self.dtype: str = totals["dtype"]
+        self.digest: str = totals["digest"]
+        self.receipts = finished_shards(folder)
+        if len(self.receipts) != totals["num_shards"]:
+            raise CorruptArtifact(
+                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {totals['num_shards']} were finished; "
+                "give the index command again to rebuild what is missing"
+            )
+        self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
+        self._offsets = [self._open_header(receipt) for receipt in self.receipts]
+        self._files: dict[int, int] = {}
+        self._checksums = lru_cache(maxsize=4096)(self._read_checksums)
+
+    def close(self) -> None:
+        """Close the open shard files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Rows [N, d] float32 of the given passages, each checked against its CRC.
+
+        Raises:
+            NotFound: an id is out of range.
+            CorruptArtifact: a row's bytes are not those that were written.
+        """
+        buffer = np.empty((len(passage_ids), self._row_bytes), dtype=np.uint8)
+        for position, passage_id in enumerate(passage_ids):
+            shard, row = self._locate(int(passage_id))
+            offset = self._offsets[shard] + row * self._row_bytes
+            view = memoryview(buffer[position])
+            if os.preadv(self._descriptor(shard), [view], offset) != self._row_bytes or (
+                zlib.crc32(view) != self._checksums(shard)[row]
+            ):
+                raise self._corrupt(shard, f"row {row} (passage {passage_id}) does not match its checksum")
+        return torch.from_numpy(buffer).view(ROW_DTYPES[self.dtype]).float()
+
+    def batches(self, *, verify: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Every shard's first passage id and rows [n, d] in their stored type, in order.
+
+        Args:
+            verify: compare each shard with the digests in its receipt first.
+
+        Raises:
+            CorruptArtifact: a shard is truncated or was altered.
+        """
+        for receipt in self.receipts:
+            yield receipt.shard * self.shard_passages, self.shard(receipt.shard, verify=verify)
+
+    def shard(self, shard: int, *, verify: bool = False) -> Tensor:
+        """All rows [n, d] of one shard in their stored type."""
+        if verify:
+            self.verify(shard)
+        count = self.receipts[shard].num_passages
+        raw = np.fromfile(self._path(shard), dtype=np.uint8, offset=self._offsets[shard])
+        return torch.from_numpy(raw).view(ROW_DTYPES[self.dtype]).view(count, self.dim)
+
+    def verify(self, shard: int) -> None:
+        """Compare both files of a shard with the digests in its receipt.
+
+        Raises:
+            CorruptArtifact: they differ.
+        """
+        receipt = self.receipts[shard]
+        found = file_digest(self._path(shard))
+        if found != receipt.rows_digest:
+            raise self._corrupt(shard, f"its digest is {found[:12]}, its receipt says {receipt.rows_digest[:12]}")
+        sidecar = self._path(shard).with_suffix(".parquet")
+        found = file_digest(sidecar)
+        if found != receipt.sidecar_digest:
+            raise CorruptArtifact(
+                f"{str(sidecar)!r} is not what was written: digest {found[:12]}, receipt {receipt.sidecar_digest[:12]}; "
+                f"delete {self._path(shard).with_suffix('.json').name} and give the index command again"
+            )
+
+    def passages(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> list[Passage]:
+        """The passages of the given ids, in the order given.
+
+        Raises:
+            NotFound: an id is out of range.
+        """
+        wanted = [self._locate(int(passage_id)) for passage_id in passage_ids]
+        found: dict[tuple[int, int], Passage] = {}
+        for shard, group in sorted({(shard, row // _ROW_GROUP) for shard, row in wanted}):
+            for passage in self._read_group(shard, group).to_pylist():
+                found[self._locate(passage["passage_id"])] = Passage(
+                    passage_id=passage["passage_id"],
+                    doc_id=passage["doc_id"],
+                    text=passage["text"],
+                    source=passage["source"],
+                    metadata=json.loads(passage["metadata"]),
+                    token_start=passage["token_start"],
+                    token_end=passage["token_end"],
+                    tokens=np.array(passage["tokens"], dtype=np.int32),
+                )
+        return [found[place] for place in wanted]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One numeric or string column of all sidecars, in passage order."""
+        tables = [pq.read_table(self._sidecar(receipt.shard), columns=[name]) for receipt in self.receipts]
+        return pa.concat_tables(tables).column(name).to_numpy(zero_copy_only=False)
+
+    def _locate(self, passage_id: int) -> tuple[int, int]:
+        if not 0 <= passage_id < self.num_passages:
+            raise NotFound(f"there is no passage {passage_id}; the index holds passages 0 to {self.num_passages - 1}")
+        return divmod(passage_id, self.shard_passages)
+
+    def _path(self, shard: int) -> Path:
+        return _stem(self.folder, shard).with_suffix(".safetensors")
+
+    def _sidecar(self, shard: int) -> pa.BufferReader | Path:
+        path = self._path(shard).with_suffix(".parquet")
+        if not path.is_file():
+            raise CorruptArtifact(f"{str(path)!r} is missing; delete {path.with_suffix('.json').name} and give the index command again")
+        return path
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._files:
+            descriptor = os.open(self._path(shard), os.O_RDONLY)
+            # Candidates are scattered; read-ahead would fetch 30 times the bytes.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._files[shard] = descriptor
+        return self._files[shard]
+
+    def _read_checksums(self, shard: int) -> NDArray[np.uint32]:
+        try:
+            table = pq.read_table(self._sidecar(shard), columns=["crc32"])
+        except pa.ArrowInvalid as error:
+            raise self._corrupt(shard, "its sidecar is unreadable") from error
+        found: NDArray[np.uint32] = table.column("crc32").to_numpy()
+        return found
+
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        try:
+            return pq.ParquetFile(self._sidecar(shard)).read_row_group(group)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._corrupt(shard, "its sidecar is unreadable") from error
+
+    def _open_header(self, receipt: Receipt) -> int:
+        """Validate the header and size of a shard; returns the offset of its first row."""
+        path = self._path(receipt.shard)
+        try:
+            with path.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length)) if length < 1 << 20 else {}
+                size = os.fstat(stream.fileno()).st_size
+        except FileNotFoundError as error:
+            raise self._corrupt(receipt.shard, "the file is missing") from error
+        except (struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._corrupt(receipt.shard, "its header is unreadable") from error
+        found = header.get("rows", {})
+        expected = {"dtype": _HEADER_NAMES[self.dtype], "shape": [receipt.num_passages, self.dim]}
+        if {key: found.get(key) for key in expected} != expected:
+            raise Incompatible(
+                f"{str(path)!r} holds {found.get('dtype')} {found.get('shape')}, the index expects {expected['dtype']} "
+                f"{expected['shape']}; it belongs to another projection or index"
+            )
+        if size != 8 + length + receipt.num_passages * self._row_bytes:
+            raise self._corrupt(receipt.shard, f"it has {size:,} bytes, {8 + length + receipt.num_passages * self._row_bytes:,} expected")
+        return int(8 + length)
+
+    def _corrupt(self, shard: int, what: str) -> CorruptArtifact:
+        path = self._path(shard)
+        return CorruptArtifact(
+            f"{str(path)!r} is not what was written: {what}; delete {path.with_suffix('.json').name} and give the index "
+            "command again to build this shard anew"
+        )

@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all, and the digests that tell what is in them.
+
+Contract: `publish` writes under a temporary name in the same folder, flushes to disk and renames; a crash leaves either the
+old file or none. Nothing that is published holds a time or a host, so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trackstar.errors import CorruptArtifact, NotFound, StorageFull
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def publish(path: Path, data: bytes) -> str:
+    """Write `data` atomically and return its SHA-256 in hexadecimal.
+
+    Raises:
+        StorageFull: no space; whatever was published before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno in _FULL:
+            raise StorageFull(
+                f"no space is left to write {str(path)!r} ({len(data):,} bytes); free some and give the same command again, "
+                "what is finished is kept"
+            ) from error
+        raise
+    return hashlib.sha256(data).hexdigest()
+
+
+def publish_json(path: Path, content: Any) -> str:
+    """Write `content` as indented JSON with sorted keys, atomically."""
+    return publish(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        NotFound: no such file.
+        CorruptArtifact: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no {str(path)!r}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{str(path)!r} is not valid JSON: it is truncated or was altered") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        NotFound: no such file.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no {str(path)!r}") from error
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of the canonical JSON form of `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
