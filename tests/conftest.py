@@ -1,0 +1,15 @@
+"""Settings that every test shares; they stand before any import of torch or a Hugging Face package."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# No deadline: speed belongs in benchmarks. Derandomised: the same tests fail on every machine.
+hypothesis.settings.register_profile("trackstar", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("trackstar")
