@@ -32,9 +32,13 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
 
-# Trainer.get_decay_parameter_names of transformers 5, and the rule of 4.x (biases and LayerNorms only).
-_NO_DECAY_NOW = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-_NO_DECAY_BEFORE = [r"bias"]
+# What goes without weight decay, as module types and name patterns: in Trainer.get_decay_parameter_names of
+# transformers 5, in that of 4.x, and in the loops of its older examples.
+_NO_DECAY: tuple[tuple[list[type[nn.Module]], list[str]], ...] = (
+    ([nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]),
+    ([nn.LayerNorm], [r"bias"]),
+    ([], [r"bias"]),
+)
 # Keys that only one kind of state has, and the entry whose shape is that of the parameter.
 _FULL_KEYS = ("max_exp_avg_sq", "exp_avg_sq")
 _FACTORED_KEYS = (("exp_avg_sq_row", "exp_avg_sq_col"), ("row_var", "col_var"))
@@ -135,7 +139,7 @@ def read_optimizer(path: Path, model: nn.Module, wanted: Collection[str] | None 
 def _open(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CorruptArtifact(
             f"the optimizer state {str(path)!r} cannot be read as plain tensors: it is truncated, was altered, "
             "or holds objects that would run code"
@@ -188,8 +192,8 @@ def _parameter_names(
 
 def _groupings(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[list[list[str]]]:
     """The ways in which trainers order parameters, likeliest first."""
-    for patterns in (_NO_DECAY_NOW, _NO_DECAY_BEFORE):
-        decay = set(get_parameter_names(model, [nn.LayerNorm], patterns))
+    for types, patterns in _NO_DECAY:
+        decay = set(get_parameter_names(model, types, patterns))
         yield [[name for name in shapes if name in decay], [name for name in shapes if name not in decay]]
     # RMSNorm classes counted as LayerNorms in 4.x; vectors without decay is also the habit of hand-written loops.
     yield [
