@@ -60,12 +60,13 @@ class MilvusLiteIndex:
     """`CoarseIndex` of float prefixes in a Milvus Lite database folder; made by `create` or `open`.
 
     What `add` returned from survives the end of the process; a power cut may take what no `search` or `close` followed.
+    A full disk or a damaged file closes the index; once that is mended, `open` finds all that `add` returned from.
     """
 
     def __init__(self, path: Path) -> None:
         """Not for callers: holds the folder and serves it, whether or not it has a collection."""
         self._path = path
-        with ExitStack() as held, self._translated():
+        with ExitStack() as held, _translated(path):
             database = MilvusLite(str(path))
             # Waits for the engine's own thread.
             held.callback(database.close)
@@ -117,7 +118,7 @@ class MilvusLiteIndex:
         _quieten()
         index = cls(path)
         try:
-            with index._translated():
+            with index._engine():
                 if index._client.has_collection(_COLLECTION):
                     raise InvalidRequest(f"{str(path)!r} holds a coarse index already; open it, or delete the folder")
                 schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -147,7 +148,7 @@ class MilvusLiteIndex:
         _quieten()
         index = cls(path)
         try:
-            with index._translated():
+            with index._engine():
                 description = index._client.describe_collection(_COLLECTION)
             stored_dim = int(description["properties"][_DIM])
             stored_size = next(field["params"]["dim"] for field in description["fields"] if field["name"] == _CODE)
@@ -166,13 +167,13 @@ class MilvusLiteIndex:
         """See `CoarseIndex.add`; an interrupted call may have stored some of its codes.
 
         Raises:
-            StorageFull: the disk is full; what was stored before stays.
+            StorageFull: the disk is full.
         """
         self._check_open()
         check_ids(passage_ids, len(codes))
         check_codes("prefix", self._size, codes)
         step = max(1, _BATCH_BYTES // (4 * self._size))
-        with self._translated():
+        with self._engine():
             for start in range(0, len(codes), step):
                 self._is_flushed, self._count = False, None
                 batch = zip(passage_ids[start : start + step].tolist(), codes[start : start + step], strict=True)
@@ -203,7 +204,7 @@ class MilvusLiteIndex:
         """See `CoarseIndex.count`."""
         self._check_open()
         if self._count is None:
-            with self._translated():
+            with self._engine():
                 self._count = int(self._client.get_collection_stats(_COLLECTION)["row_count"])
         return self._count
 
@@ -211,7 +212,7 @@ class MilvusLiteIndex:
         """See `CoarseIndex.close`; writes out what is pending, stops the server and lets go of the folder.
 
         Raises:
-            StorageFull: the disk is full; what could not be written is still in the log and read at the next `open`.
+            StorageFull: the disk is full.
         """
         try:
             if self._shut_down.alive:
@@ -231,13 +232,13 @@ class MilvusLiteIndex:
     def _flush(self) -> None:
         # The engine turns everything unflushed into Python numbers once per search.
         if not self._is_flushed:
-            with self._translated():
+            with self._engine():
                 self._client.flush(_COLLECTION)
             self._is_flushed = True
 
     def _hits(self, codes_Qk: NDArray[Any], limit: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Ids and inner products of the best `limit` codes of each query, in the engine's order."""
-        with self._translated():
+        with self._engine():
             answers = self._client.search(
                 _COLLECTION, list(codes_Qk), limit=limit, anns_field=_CODE, search_params={"metric_type": "IP"}
             )
@@ -258,20 +259,31 @@ class MilvusLiteIndex:
         return ids[order], products[order] * self._cosine_per_dot
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn the engine's errors into ours."""
+    def _engine(self) -> Iterator[None]:
+        """Turn the engine's errors into ours, and stop the engine: after a failed write it would go on without it."""
         try:
-            yield
-        except DataDirLockedError as error:
-            raise NotReady(f"the coarse index {str(self._path)!r} is open already; close it there first") from error
-        except (MilvusException, MilvusLiteError, grpc.RpcError, OSError) as error:
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise StorageFull(
-                    f"the disk is full while writing the coarse index {str(self._path)!r}; free some space"
-                ) from error
-            raise CorruptArtifact(
-                f"the coarse index {str(self._path)!r} cannot be used ({error}); delete it and build it again"
+            with _translated(self._path):
+                yield
+        except (StorageFull, CorruptArtifact):
+            self._shut_down()
+            raise
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataDirLockedError as error:
+        raise NotReady(f"the coarse index {str(path)!r} is open already; close it there first") from error
+    except (MilvusException, MilvusLiteError, grpc.RpcError, OSError) as error:
+        # Behind the server an error is only its text.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise StorageFull(
+                f"the disk is full while writing the coarse index {str(path)!r}; free some space and go on"
             ) from error
+        raise CorruptArtifact(
+            f"the coarse index {str(path)!r} cannot be used ({error}); delete it and build it again"
+        ) from error
 
 
 def _quieten() -> None:
