@@ -38,7 +38,7 @@ _FORMATS: dict[str, _Format] = {
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _READABLE = f"{', '.join(_FORMATS)}, each plain or with .gz or .zst behind"
 _BUFFER_BYTES = 1 << 20
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 256
 
 
 class BadRecord(Exception):
@@ -176,7 +176,9 @@ def _parquet_batches(stream: BinaryIO, codec: str | None, fields: Sequence[str])
     with tempfile.TemporaryFile() as scratch:
         if codec is not None:  # Parquet is read from its end, which a compressed stream cannot do
             shutil.copyfileobj(stream, scratch, _BUFFER_BYTES)
-        with pq.ParquetFile(stream if codec is None else scratch) as table:
+        source = stream if codec is None else scratch
+        # With a buffer and no reading ahead, a column comes piece by piece instead of a whole row group's at once.
+        with pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             names = table.schema_arrow.names
             columns = [name for name in names if name in fields]
             yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=columns if fields[0] in columns else names)
