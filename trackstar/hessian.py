@@ -9,8 +9,9 @@ R_train comes from passages, R_task from task queries, and a mix joins them:
     R = lambda * R_task + (1 - lambda) * R_train
     lambda = sigma_train[k] / (sigma_task[k] + sigma_train[k])       (crossing rule)
 
-where sigma[k] is the k-th largest eigenvalue over all blocks: under that lambda both terms have the same k-th eigenvalue,
-so directions that are common to the task's queries are damped about as much as the strongest directions of the corpus.
+where sigma[k] is the k-th largest eigenvalue over all blocks: under that lambda both terms have the same k-th
+eigenvalue, so directions that are common to the task's queries are damped about as much as the strongest directions of
+the corpus.
 Before the inverse root is taken every eigenvalue is raised by damping * mean eigenvalue of its block.
 
 Everything here is float64 except the whitening matrices that are applied to rows, which are float32.
@@ -31,6 +32,8 @@ from trackstar.projection import BlockLayout
 
 # The paper reads sigma at about 1,000 of about 65,536.
 CROSSING_FRACTION = 1000 / 65536
+# Products in float32 leave eigenvalues of up to 1e-7 of the largest where the rows span nothing (measured).
+_ROUNDING = 1e-6
 
 
 class MixConfig(BaseModel):
@@ -41,7 +44,7 @@ class MixConfig(BaseModel):
     kind: Literal["train", "task", "none"] = "train"
     weight: float | Literal["crossing"] = "crossing"
     crossing_fraction: float = Field(default=CROSSING_FRACTION, gt=0, lt=1)
-    damping: float = Field(default=0.1, ge=0)
+    damping: float = Field(default=0.1, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> MixConfig:
@@ -75,7 +78,7 @@ class AutocorrelationBuilder:
         """Add rows [N, d] of any float type."""
         for total, part in zip(self._sums, self._layout.split(rows_ND), strict=True):
             part = part.to(torch.float32 if part.dtype != torch.float64 else torch.float64)
-            total += part.mT @ part
+            total += (part.mT @ part).to(total)
         self._count += len(rows_ND)
 
     def finish(self) -> Autocorrelation:
@@ -105,8 +108,8 @@ def crossing_weight(train: Autocorrelation, task: Autocorrelation, fraction: flo
     """
     sigma_train, sigma_task = train.eigenvalues(), task.eigenvalues()
     k = max(1, round(fraction * len(sigma_train)))
-    if float(sigma_task[k - 1]) <= 1e-12 * float(sigma_task[0]):
-        rank = int((sigma_task > 1e-12 * sigma_task[0]).sum())
+    if float(sigma_task[k - 1]) <= _ROUNDING * float(sigma_task[0]):
+        rank = int((sigma_task > _ROUNDING * sigma_task[0]).sum())
         raise InvalidRequest(
             f"the crossing rule reads eigenvalue {k} but the {task.count} task queries span {rank} directions only; "
             "give more task queries, a smaller crossing fraction or a fixed weight"
@@ -138,21 +141,28 @@ class Whitener:
 
     @classmethod
     def fit(cls, correlation: Autocorrelation, layout: BlockLayout, *, damping: float) -> Whitener:
-        """R^(-1/2) from a float64 eigendecomposition, every eigenvalue raised by damping * mean eigenvalue of its block.
+        """R^(-1/2) from a float64 eigendecomposition; eigenvalues are raised by damping * mean eigenvalue of the block.
+
+        A block in which no row holds anything (all its weights are left out) gets the pseudo-inverse, which is zero.
 
         Raises:
-            InvalidRequest: R is singular and damping is zero, or R holds values that are not finite.
+            InvalidRequest: R is zero throughout, singular without enough damping, or holds values that are not finite.
         """
+        if not any(bool(matrix.any()) for matrix in correlation.blocks):
+            raise InvalidRequest("the Hessian is zero: no passage has a gradient, or no weight contributes")
         roots = []
         for block, matrix in zip(layout.blocks, correlation.blocks, strict=True):
             if not bool(torch.isfinite(matrix).all()):
                 raise InvalidRequest(f"the Hessian of block {block.name!r} holds values that are not finite")
+            if not bool(matrix.any()):
+                roots.append(torch.zeros_like(matrix, dtype=torch.float32))
+                continue
             values, vectors = torch.linalg.eigh(matrix)
             values = values.clamp_min(0) + damping * float(matrix.diagonal().mean())
-            if float(values[0]) <= 1e-14 * float(values[-1]):
+            if float(values[0]) <= (1e-14 if damping else _ROUNDING) * float(values[-1]):
                 raise InvalidRequest(
-                    f"the Hessian of block {block.name!r} has no inverse: {correlation.count} rows, {block.dim} dimensions; "
-                    "use a damping above zero"
+                    f"the Hessian of block {block.name!r} has no inverse: {correlation.count} rows, {block.dim} "
+                    f"dimensions, damping {damping}; use a larger damping"
                 )
             roots.append(((vectors * values.rsqrt()) @ vectors.mT).float())
         return cls(layout, roots)
@@ -164,7 +174,9 @@ class Whitener:
 
     def apply(self, rows_ND: Tensor) -> Tensor:
         """R^(-1/2) g for rows [..., d]; float32."""
-        return torch.cat([self._apply_block(p, w) for p, w in zip(self._split(rows_ND), self.inverse_roots, strict=True)], -1)
+        return torch.cat(
+            [self._apply_block(p, w) for p, w in zip(self._split(rows_ND), self.inverse_roots, strict=True)], -1
+        )
 
     def apply_twice(self, rows_ND: Tensor) -> Tensor:
         """R^(-1) g for rows [..., d]; float32."""
