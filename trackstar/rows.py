@@ -6,8 +6,8 @@
     rows/complete.json        totals, written when the corpus is finished
 
 `passage_id` is the global row number, so shard and offset follow by arithmetic: every shard but the last holds exactly
-`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, and each is
-checked against its CRC; whole shards are read in order by `batches`.
+`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, and
+each is checked against its CRC, pages of the sidecar against theirs; whole shards are read in order by `batches`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ _SCHEMA = pa.schema(
 )
 # Small groups, so that fetching a passage decodes few others.
 _ROW_GROUP = 256
+_MAX_HEADER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,13 @@ def write_shard(
         "crc32": np.array([zlib.crc32(row) for row in raw], dtype=np.uint32),
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd", row_group_size=_ROW_GROUP)
+    pq.write_table(
+        pa.table(columns, schema=_SCHEMA),
+        buffer,
+        compression="zstd",
+        row_group_size=_ROW_GROUP,
+        write_page_checksum=True,
+    )
     stem = _stem(folder, shard)
     rows_digest = publish(stem.with_suffix(".safetensors"), safetensors.torch.save({"rows": stored_ND}))
     sidecar_digest = publish(stem.with_suffix(".parquet"), buffer.getvalue())
@@ -117,17 +125,7 @@ def write_shard(
         sidecar_digest=sidecar_digest,
         next_cursor=next_cursor,
     )
-    publish_json(
-        stem.with_suffix(".json"),
-        {
-            "shard": shard,
-            "num_passages": receipt.num_passages,
-            "num_tokens": receipt.num_tokens,
-            "rows_digest": rows_digest,
-            "sidecar_digest": sidecar_digest,
-            "next_cursor": list(next_cursor),
-        },
-    )
+    publish_json(stem.with_suffix(".json"), asdict(receipt))
     return receipt
 
 
@@ -141,19 +139,14 @@ def finished_shards(folder: Path) -> list[Receipt]:
     while (path := _stem(folder, len(receipts)).with_suffix(".json")).is_file():
         content = read_json(path)
         try:
-            receipts.append(
-                Receipt(
-                    shard=content["shard"],
-                    num_passages=content["num_passages"],
-                    num_tokens=content["num_tokens"],
-                    rows_digest=content["rows_digest"],
-                    sidecar_digest=content["sidecar_digest"],
-                    next_cursor=Cursor(*content["next_cursor"]),
-                )
-            )
+            receipts.append(Receipt(**{**content, "next_cursor": Cursor(*content["next_cursor"])}))
         except (KeyError, TypeError) as error:
-            raise CorruptArtifact(f"{str(path)!r} is not a shard receipt; delete it to build the shard again") from error
+            raise _not_a_receipt(path) from error
     return receipts
+
+
+def _not_a_receipt(path: Path) -> CorruptArtifact:
+    return CorruptArtifact(f"{str(path)!r} is not a shard receipt; delete it to build the shard again")
 
 
 def mark_complete(folder: Path, *, shard_passages: int, dim: int, dtype: str) -> None:
@@ -168,9 +161,13 @@ def mark_complete(folder: Path, *, shard_passages: int, dim: int, dtype: str) ->
             "shard_passages": shard_passages,
             "dim": dim,
             "dtype": dtype,
-            "digest": digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts]),
+            "digest": _digest(receipts),
         },
     )
+
+
+def _digest(receipts: Sequence[Receipt]) -> str:
+    return digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts])
 
 
 def _stem(folder: Path, shard: int) -> Path:
@@ -191,17 +188,29 @@ class RowStore:
             totals = read_json(folder / "complete.json")
         except NotFound as error:
             raise NotReady(f"the rows in {str(folder)!r} are not complete; give the index command again") from error
-        self.num_passages: int = totals["num_passages"]
-        self.num_tokens: int = totals["num_tokens"]
-        self.shard_passages: int = totals["shard_passages"]
-        self.dim: int = totals["dim"]
-        self.dtype: str = totals["dtype"]
-        self.digest: str = totals["digest"]
-        self.receipts = finished_shards(folder)
-        if len(self.receipts) != totals["num_shards"]:
+        try:
+            self.num_passages: int = totals["num_passages"]
+            self.num_tokens: int = totals["num_tokens"]
+            self.shard_passages: int = totals["shard_passages"]
+            self.dim: int = totals["dim"]
+            self.dtype: str = totals["dtype"]
+            self.digest: str = totals["digest"]
+            num_shards: int = totals["num_shards"]
+        except (KeyError, TypeError) as error:
             raise CorruptArtifact(
-                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {totals['num_shards']} were finished; "
-                "give the index command again to rebuild what is missing"
+                f"{str(folder / 'complete.json')!r} does not hold the totals of the rows; delete it and give the index "
+                "command again"
+            ) from error
+        self.receipts = finished_shards(folder)
+        if len(self.receipts) != num_shards:
+            raise CorruptArtifact(
+                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {num_shards} were finished; give "
+                "the index command again to rebuild what is missing"
+            )
+        if _digest(self.receipts) != self.digest:
+            raise CorruptArtifact(
+                f"the receipts in {str(folder)!r} are not those of the finished rows (digest {self.digest[:12]}); "
+                "delete complete.json there and give the index command again"
             )
         self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
         self._offsets = [self._open_header(receipt) for receipt in self.receipts]
@@ -250,25 +259,37 @@ class RowStore:
             self.verify(shard)
         count = self.receipts[shard].num_passages
         raw = np.fromfile(self._path(shard), dtype=np.uint8, offset=self._offsets[shard])
+        if raw.size != count * self._row_bytes:
+            raise self._corrupt(shard, f"it holds {raw.size:,} bytes of rows, {count * self._row_bytes:,} expected")
         return torch.from_numpy(raw).view(ROW_DTYPES[self.dtype]).view(count, self.dim)
 
     def verify(self, shard: int) -> None:
-        """Compare both files of a shard with the digests in its receipt.
+        """Compare both files of a shard with the digests in its receipt; raises as `verify_files`."""
+        receipt = self.receipts[shard]
+        digests = {"rows_digest": receipt.rows_digest, "sidecar_digest": receipt.sidecar_digest}
+        self.verify_files(self._path(shard).with_suffix(".json"), digests)
+
+    @staticmethod
+    def verify_files(path: Path, receipt: Mapping[str, Any]) -> None:
+        """Compare the two files beside a shard's receipt with the digests it holds; the rows need not be complete.
+
+        Args:
+            path: the receipt's path.
+            receipt: its content.
 
         Raises:
-            CorruptArtifact: they differ.
+            CorruptArtifact: they differ, or it is not a receipt.
+            NotFound: one of them is missing.
         """
-        receipt = self.receipts[shard]
-        found = file_digest(self._path(shard))
-        if found != receipt.rows_digest:
-            raise self._corrupt(shard, f"its digest is {found[:12]}, its receipt says {receipt.rows_digest[:12]}")
-        sidecar = self._path(shard).with_suffix(".parquet")
-        found = file_digest(sidecar)
-        if found != receipt.sidecar_digest:
-            raise CorruptArtifact(
-                f"{str(sidecar)!r} is not what was written: digest {found[:12]}, receipt {receipt.sidecar_digest[:12]}; "
-                f"delete {self._path(shard).with_suffix('.json').name} and give the index command again"
-            )
+        for suffix, key in ((".safetensors", "rows_digest"), (".parquet", "sidecar_digest")):
+            try:
+                expected: str = receipt[key]
+            except (KeyError, TypeError) as error:
+                raise _not_a_receipt(path) from error
+            file = path.with_suffix(suffix)
+            found = file_digest(file)
+            if found != expected:
+                raise _corrupt(file, f"its digest is {found[:12]}, its receipt says {expected[:12]}")
 
     def passages(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> list[Passage]:
         """The passages of the given ids, in the order given.
@@ -294,8 +315,9 @@ class RowStore:
 
     def column(self, name: str) -> NDArray[Any]:
         """One numeric or string column of all sidecars, in passage order."""
-        tables = [pq.read_table(self._sidecar(receipt.shard), columns=[name]) for receipt in self.receipts]
-        return pa.concat_tables(tables).column(name).to_numpy(zero_copy_only=False)
+        tables = [self._read_column(receipt.shard, name) for receipt in self.receipts]
+        values: NDArray[Any] = pa.chunked_array([chunk for table in tables for chunk in table.chunks]).to_numpy()
+        return values
 
     def _locate(self, passage_id: int) -> tuple[int, int]:
         if not 0 <= passage_id < self.num_passages:
@@ -305,11 +327,17 @@ class RowStore:
     def _path(self, shard: int) -> Path:
         return _stem(self.folder, shard).with_suffix(".safetensors")
 
-    def _sidecar(self, shard: int) -> pa.BufferReader | Path:
+    @contextmanager
+    def _sidecar(self, shard: int) -> Iterator[pq.ParquetFile]:
         path = self._path(shard).with_suffix(".parquet")
-        if not path.is_file():
-            raise CorruptArtifact(f"{str(path)!r} is missing; delete {path.with_suffix('.json').name} and give the index command again")
-        return path
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                yield file
+        except FileNotFoundError as error:
+            raise _corrupt(path, "the file is missing") from error
+        # Arrow reports damaged bytes as one or the other.
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt(path, "it is unreadable") from error
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
@@ -320,18 +348,16 @@ class RowStore:
         return self._files[shard]
 
     def _read_checksums(self, shard: int) -> NDArray[np.uint32]:
-        try:
-            table = pq.read_table(self._sidecar(shard), columns=["crc32"])
-        except pa.ArrowInvalid as error:
-            raise self._corrupt(shard, "its sidecar is unreadable") from error
-        found: NDArray[np.uint32] = table.column("crc32").to_numpy()
+        found: NDArray[np.uint32] = self._read_column(shard, "crc32").to_numpy()
         return found
 
+    def _read_column(self, shard: int, name: str) -> pa.ChunkedArray:
+        with self._sidecar(shard) as file:
+            return file.read(columns=[name]).column(name)
+
     def _read_group(self, shard: int, group: int) -> pa.Table:
-        try:
-            return pq.ParquetFile(self._sidecar(shard)).read_row_group(group)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._corrupt(shard, "its sidecar is unreadable") from error
+        with self._sidecar(shard) as file:
+            return file.read_row_group(group)
 
     def _open_header(self, receipt: Receipt) -> int:
         """Validate the header and size of a shard; returns the offset of its first row."""
@@ -339,26 +365,30 @@ class RowStore:
         try:
             with path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length)) if length < 1 << 20 else {}
+                found = json.loads(stream.read(min(length, _MAX_HEADER)))["rows"]
+                found = {"dtype": found["dtype"], "shape": found["shape"]}
                 size = os.fstat(stream.fileno()).st_size
         except FileNotFoundError as error:
             raise self._corrupt(receipt.shard, "the file is missing") from error
-        except (struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError) as error:
             raise self._corrupt(receipt.shard, "its header is unreadable") from error
-        found = header.get("rows", {})
         expected = {"dtype": _HEADER_NAMES[self.dtype], "shape": [receipt.num_passages, self.dim]}
-        if {key: found.get(key) for key in expected} != expected:
+        if found != expected:
             raise Incompatible(
-                f"{str(path)!r} holds {found.get('dtype')} {found.get('shape')}, the index expects {expected['dtype']} "
+                f"{str(path)!r} holds {found['dtype']} {found['shape']}, the index expects {expected['dtype']} "
                 f"{expected['shape']}; it belongs to another projection or index"
             )
-        if size != 8 + length + receipt.num_passages * self._row_bytes:
-            raise self._corrupt(receipt.shard, f"it has {size:,} bytes, {8 + length + receipt.num_passages * self._row_bytes:,} expected")
+        expected_size = 8 + length + receipt.num_passages * self._row_bytes
+        if size != expected_size:
+            raise self._corrupt(receipt.shard, f"it has {size:,} bytes, {expected_size:,} expected")
         return int(8 + length)
 
     def _corrupt(self, shard: int, what: str) -> CorruptArtifact:
-        path = self._path(shard)
-        return CorruptArtifact(
-            f"{str(path)!r} is not what was written: {what}; delete {path.with_suffix('.json').name} and give the index "
-            "command again to build this shard anew"
-        )
+        return _corrupt(self._path(shard), what)
+
+
+def _corrupt(path: Path, what: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"{str(path)!r} is not what was written: {what}; delete {path.with_suffix('.json').name} and give the index "
+        "command again to build this shard anew"
+    )
