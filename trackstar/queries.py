@@ -1,8 +1,8 @@
 """Queries: a prompt and the target whose causes are sought, from a command line or a JSONL file.
 
 Accepted field names for prompt and target, the first pair that is present: `prompt`/`target`,
-`inputs_plaintext`/`targets_plaintext` (the release's records), `prompt0`/`entity1` (the release's facts). The query's id is
-`query_id`, `example_id`, `fact_id` or the line number. All other fields are kept, so that answers can repeat them.
+`inputs_plaintext`/`targets_plaintext` (the release's records), `prompt0`/`entity1` (the release's facts). The query's
+id is `query_id`, `example_id`, `fact_id` or the line number. All fields are kept, so that answers can repeat them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def _parse(line: bytes, place: str, number: int, prompt_field: str | None, targe
 def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool, max_tokens: int) -> Example:
     """Tokens of prompt and target, with the loss on the target only.
 
-    A space joins the two unless one of them brings white space. A BOS token leads where passages have one.
+    A space joins the two unless one of them brings white space. They are tokenised together, as the model met them in
+    its corpus, and the target starts at the first token that the prompt alone does not have. A BOS token leads where
+    passages have one.
 
     Raises:
         InvalidRequest: the target is empty or tokenises to nothing, has nothing before it to be predicted from, or both
@@ -97,21 +100,27 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
     if not query.target.strip():
         raise InvalidRequest(f"query {query.query_id!r}: the target is empty; say which words are to be explained")
     joined = query.prompt == "" or query.prompt[-1].isspace() or query.target[0].isspace()
-    target = query.target if joined else " " + query.target
-    prompt_ids = tokenizer(query.prompt, add_special_tokens=False)["input_ids"] if query.prompt else []
-    target_ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+    text = query.prompt + ("" if joined else " ") + query.target
+    prompt_ids, ids = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (query.prompt, text)
+    )
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
     bos = bos_token(tokenizer) if add_bos else None
-    prefix = ([] if bos is None else [bos]) + list(prompt_ids)
+    prefix = ([] if bos is None else [bos]) + list(ids[:shared])
+    target_ids = list(ids[shared:])
     if not target_ids:
         raise InvalidRequest(f"query {query.query_id!r}: the target {query.target!r} tokenises to nothing")
     if not prefix:
-        raise InvalidRequest(f"query {query.query_id!r}: nothing precedes the target, so it cannot be predicted; give a prompt")
+        raise InvalidRequest(
+            f"query {query.query_id!r}: nothing precedes the target, so it cannot be predicted; give a prompt"
+        )
     num_tokens = len(prefix) + len(target_ids)
     if num_tokens > max_tokens:
         raise InvalidRequest(
-            f"query {query.query_id!r}: prompt and target have {num_tokens} tokens, more than the window of {max_tokens}; shorten it"
+            f"query {query.query_id!r}: prompt and target have {num_tokens} tokens, more than the window of "
+            f"{max_tokens}; shorten it"
         )
-    return Example(tokens=np.array(prefix + list(target_ids), dtype=np.int32), first_target=len(prefix))
+    return Example(tokens=np.array(prefix + target_ids, dtype=np.int32), first_target=len(prefix))
 
 
 def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
