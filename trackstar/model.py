@@ -2,9 +2,9 @@
 
 Contract: `load_model` returns the frozen model, its tokenizer, a digest of what was loaded, and one `Member` for every
 weight matrix inside the decoder layers: Linear and Conv1D modules, routers, and fused experts. Embeddings, the language
-model head, norms and biases are out (METHOD). A weight with two or more dimensions that is none of these is an error that
-names it: nothing that should contribute is skipped in silence. Only safetensors are read, and remote code is refused
-unless it is asked for.
+model head, norms and biases are out (METHOD). A weight with two or more dimensions that is none of these is an error
+that names it: nothing that should contribute is skipped in silence, and nothing is filled with random numbers because
+the checkpoint lacks it. Only safetensors are read, and remote code is refused unless it is asked for.
 
 What it does not do: compute anything. Hooks live in `capture`, moments in `moments`.
 """
@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from trackstar.errors import InvalidRequest, NotFound, UnsupportedModel
+from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, UnsupportedModel
 from trackstar.projection import Block, BlockLayout
 
 MemberKind = Literal["linear", "conv1d", "router", "expert"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert|\bfc[12]\b", re.IGNORECASE)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +109,9 @@ def load_model(
         exclude: shell patterns of module names left out on purpose.
 
     Raises:
-        NotFound: no such folder, or no safetensors in it.
+        NotFound: no such folder, or no safetensors or no tokenizer in it.
         InvalidRequest: the folder needs remote code, or is not a causal language model.
+        CorruptArtifact: its weights are unreadable or incomplete.
         UnsupportedModel: a weight should contribute and cannot.
     """
     folder = Path(path)
@@ -118,37 +122,68 @@ def load_model(
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise NotFound(
-            f"{str(path)!r} holds no .safetensors file; save the model again with save_pretrained (pickled weights are refused)"
+            f"{str(path)!r} holds no .safetensors file; save the model again with save_pretrained "
+            "(pickled weights are refused)"
         )
     arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, **arguments
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise CorruptArtifact(
+            f"the weights in {str(path)!r} are truncated or damaged ({error}); copy them again"
+        ) from error
+    except (ValueError, OSError, KeyError, RuntimeError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise InvalidRequest(
                 f"{str(path)!r} needs code that it brings along; read that code, then pass --trust-remote-code"
             ) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidRequest(f"{str(path)!r} cannot be loaded as a causal language model: {first_line}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-    except (ValueError, OSError, KeyError) as error:
-        raise NotFound(f"{str(path)!r} holds no usable tokenizer; save it beside the model with save_pretrained") from error
+    model, report = loading
+    if missing := sorted(report["missing_keys"]):
+        raise CorruptArtifact(
+            f"the weights in {str(path)!r} lack {missing[0]!r} ({len(missing)} parameters in all); "
+            "give a complete checkpoint"
+        )
+    tokenizer = _load_tokenizer(folder, arguments)
     model = model.to(device).eval().requires_grad_(False)
     members, num_layers = find_members(model, exclude=exclude)
-    text_config = config.get_text_config()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         members=members,
         num_layers=num_layers,
-        max_tokens=int(getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", 2048)),
-        digest=_digest([folder / "config.json", *weights], dtype),
+        max_tokens=_max_tokens(config.get_text_config()),
+        digest=_digest([folder / "config.json", *weights, *_tokenizer_files(folder)], dtype),
         path=str(path),
     )
+
+
+def _load_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
+    problem = f"{str(folder)!r} holds no usable tokenizer; save it beside the model with save_pretrained"
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **arguments)
+    except (ValueError, OSError, KeyError) as error:
+        raise NotFound(problem) from error
+    # Without files some classes give a tokenizer that knows its special tokens only and turns every text into nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise NotFound(problem)
+    return tokenizer
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What decides how text is cut; other files of a tokenizer hold chat templates, which may change."""
+    return [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()]
+
+
+def _max_tokens(text_config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions"):
+        if found := getattr(text_config, name, None):
+            return int(found)
+    return 2048
 
 
 def find_members(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> tuple[tuple[Member, ...], int]:
@@ -185,7 +220,9 @@ def find_members(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> tupl
                 )
             )
     if not members:
-        raise UnsupportedModel(f"{type(model).__name__} has no Linear or Conv1D layer in {layers_name!r} that could contribute")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no Linear or Conv1D layer in {layers_name!r} that could contribute"
+        )
     return tuple(members), num_layers
 
 
@@ -211,7 +248,7 @@ def _matrices(
             for expert in range(weight.shape[0]):
                 yield "expert", f"{module_name}.{name}[{expert}]", out_features, in_features
     elif set(weights) == {"weight"} and weights["weight"].ndim == 2:
-        # A router: transformers keeps its matrix as a bare parameter. Capture checks that it is really applied linearly.
+        # A router: transformers keeps its matrix as a bare parameter. Capture checks that it is applied linearly.
         out_features, in_features = weights["weight"].shape
         yield "router", f"{module_name}.weight", out_features, in_features
     else:
