@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trackstar.encode import Encoder, fold_factors
@@ -28,7 +28,7 @@ from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
 from trackstar.projection import Block, BlockLayout
 from trackstar.rows import RowStore
-from trackstar.storage import publish, publish_json, read_json
+from trackstar.storage import publish, publish_json, read_json, temporary_of
 
 FORMAT = 1
 Correction = dict[str, SeparableScale | Tensor]
@@ -46,11 +46,14 @@ class Index:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         if not (self.root / "index.json").is_file():
-            raise NotFound(f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`")
+            raise NotFound(
+                f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`"
+            )
         self.facts: dict[str, Any] = read_json(self.root / "index.json")
         if self.facts.get("format") != FORMAT:
             raise Incompatible(
-                f"{str(root)!r} has format {self.facts.get('format')!r}, this version reads format {FORMAT}; build it again"
+                f"{str(root)!r} has format {self.facts.get('format')!r}, this version reads format {FORMAT}; "
+                "build it again"
             )
 
     @property
@@ -90,10 +93,13 @@ class Index:
         """
         chosen = name or self.active()
         if chosen not in self.generation_names():
-            raise NotFound(f"{str(self.root)!r} has no generation {chosen!r}; it has {', '.join(self.generation_names()) or 'none'}")
+            known = ", ".join(self.generation_names()) or "none"
+            raise NotFound(f"{str(self.root)!r} has no generation {chosen!r}; it has {known}")
         return Generation(self.root / "generations" / chosen, rows or self.rows(), self.layout)
 
-    def load_model(self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+    def load_model(
+        self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False
+    ) -> LoadedModel:
         """The checkpoint that the rows were made with.
 
         Args:
@@ -150,11 +156,15 @@ def load_correction(path: Path) -> Correction:
         with safe_open(path, "pt") as file:
             errors = json.loads(file.metadata()["errors"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:
+        correction: Correction = {
+            name: SeparableScale(out=tensors[f"{name}:out"], in_=tensors[f"{name}:in"], error=error)
+            for name, error in errors.items()
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptArtifact(f"{str(path)!r} is unreadable; delete the index folder and build it again") from error
-    correction: Correction = {key.removesuffix(":elementwise"): t for key, t in tensors.items() if key.endswith(":elementwise")}
-    for name, error_value in errors.items():
-        correction[name] = SeparableScale(out=tensors[f"{name}:out"], in_=tensors[f"{name}:in"], error=error_value)
+    for key, tensor in tensors.items():
+        if key.endswith(":elementwise"):
+            correction[key.removesuffix(":elementwise")] = tensor
     return correction
 
 
@@ -174,11 +184,13 @@ def check_identity(root: Path, identity: dict[str, Any]) -> None:
         for key, then, now in _differences(read_json(path), json.loads(json.dumps(identity)), ""):
             if key not in _FREE_TO_CHANGE:
                 raise Incompatible(
-                    f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give another --out"
+                    f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
+                    "another --out"
                 )
     elif root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
-    elif root.is_dir() and any(root.iterdir()):
+    # A first run that was killed while it wrote index.json leaves the temporary file, which does not count.
+    elif root.is_dir() and any(path.name != temporary_of(root / "index.json").name for path in root.iterdir()):
         raise InvalidRequest(f"{str(root)!r} is not empty and holds no index; give another --out")
 
 

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and the digests that tell what is in them.
 
-Contract: `publish` writes under a temporary name in the same folder, flushes to disk and renames; a crash leaves either the
-old file or none. Nothing that is published holds a time or a host, so the same inputs give the same bytes.
+Contract: `publish` writes under a temporary name in the same folder, flushes to disk and renames; a crash leaves either
+the old file or none. Nothing that is published holds a time or a host, so the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def publish(path: Path, data: bytes) -> str:
     Raises:
         StorageFull: no space; whatever was published before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
@@ -38,11 +38,16 @@ def publish(path: Path, data: bytes) -> str:
             temporary.unlink(missing_ok=True)
         if error.errno in _FULL:
             raise StorageFull(
-                f"no space is left to write {str(path)!r} ({len(data):,} bytes); free some and give the same command again, "
-                "what is finished is kept"
+                f"no space is left to write {str(path)!r} ({len(data):,} bytes); free some and give the same command "
+                "again, what is finished is kept"
             ) from error
         raise
     return hashlib.sha256(data).hexdigest()
+
+
+def temporary_of(path: Path) -> Path:
+    """The name under which `path` is written before it is published; a killed process may leave it behind."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def publish_json(path: Path, content: Any) -> str:
