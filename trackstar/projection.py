@@ -6,9 +6,9 @@ with L_i [rows, out_features] and R_i [cols, in_features] of i.i.d. N(0, 1/rows)
 products are kept in expectation. By default the layers are cut into 8 contiguous groups, each group gives one block of
 attention weights and one of MLP weights, and every block is 64 x 64: d = 65,536, as in the paper.
 
-The factors are a pure function of (seed, weight name, side, feature): a counter-based generator (Philox 4x64) is keyed by
-the first three and counted by the fourth, so every rank can draw just its own slice of features and every device gets the
-same bits. This module draws and lays out; it knows nothing of models, gradients or moments.
+The factors are a pure function of (seed, weight name, side, feature): a counter-based generator (Philox 4x64) is keyed
+by the first three and counted by the fourth, so every rank can draw just its own slice of features and every device
+gets the same bits. This module draws and lays out; it knows nothing of models, gradients or moments.
 """
 
 from __future__ import annotations
