@@ -10,7 +10,7 @@ The fit minimises the expected relative squared error of the corrected gradient.
 
 a non-negative factorisation of S with weights 1 / S^2. Each half step of the alternation is an exact quadratic problem
 per row or column with a Gram matrix of rank x rank, solved by non-negative coordinate descent: at rank 1 this is the
-multiplicative update itself, above it reaches the same optima in about a tenth of the passes over V. Terms are added
+multiplicative update itself, above it reaches the same optima in several times fewer passes over V. Terms are added
 one at a time to a converged fit, so the error cannot grow with the rank.
 
 Silent elements. Where V is at most 1e-12 of its matrix' mean, the weight never received a gradient worth the name (a
