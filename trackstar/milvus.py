@@ -82,8 +82,14 @@ class MilvusLiteIndex:
                 ],
             )
             milvus_pb2_grpc.add_MilvusServiceServicer_to_server(MilvusServicer(database), server)
-            address = f"unix:{socket_folder}/milvus.sock"
-            server.add_insecure_port(address)
+            address = f"unix:{socket_folder}/socket"
+            try:
+                server.add_insecure_port(address)
+            except RuntimeError as error:
+                # The system limits a socket's path to some 100 characters.
+                raise NotReady(
+                    f"the coarse index cannot listen at {address!r}; set TMPDIR to a short path that can be written"
+                ) from error
             server.start()
             held.callback(lambda: server.stop(_STOP_SECONDS).wait())
             self._client = MilvusClient(uri=address)

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -217,6 +218,8 @@ def test_milvus_lite_keeps_codes_on_disk(tmp_path: Path) -> None:
 
 
 def add_and_hang(folder: Path, codes: NDArray[Any], done: Any) -> None:
+    # A killed process cannot clear its socket away.
+    tempfile.tempdir = str(folder.parent)
     index = MilvusLiteIndex.create(folder, dim=DIM, size=SIZE)
     index.add(np.arange(len(codes)), codes)
     done.set()
@@ -259,6 +262,18 @@ def test_milvus_lite_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     for dim, size in ((DIM - 1, SIZE), (DIM, SIZE + 8)):
         with pytest.raises(Incompatible, match=f"72 of 1000 coordinates, not {size} of {dim}"):
             MilvusLiteIndex.open(tmp_path / "coarse", dim=dim, size=size)
+
+
+def test_milvus_lite_tells_when_it_cannot_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(NotReady, match="TMPDIR"):
+        milvus_lite(tmp_path)
+    assert list(deep.iterdir()) == []
+    monkeypatch.undo()
+    # What failed let go of the folder.
+    milvus_lite(tmp_path).index.close()
 
 
 def test_milvus_lite_answers_no_more_than_milvus_would(tmp_path: Path) -> None:
