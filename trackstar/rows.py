@@ -239,7 +239,7 @@ class RowStore:
                 zlib.crc32(view) != self._checksums(shard)[row]
             ):
                 raise self._corrupt(shard, f"row {row} (passage {passage_id}) does not match its checksum")
-        return torch.from_numpy(buffer).view(ROW_DTYPES[self.dtype]).float()
+        return torch.from_numpy(buffer.reshape(-1)).view(ROW_DTYPES[self.dtype]).view(-1, self.dim).float()
 
     def batches(self, *, verify: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Every shard's first passage id and rows [n, d] in their stored type, in order.
@@ -332,11 +332,13 @@ class RowStore:
         path = self._path(shard).with_suffix(".parquet")
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                if not file.schema_arrow.equals(_SCHEMA):
+                    raise _corrupt(path, "it has other columns")
                 yield file
         except FileNotFoundError as error:
             raise _corrupt(path, "the file is missing") from error
-        # Arrow reports damaged bytes as one or the other.
-        except (pa.ArrowException, OSError) as error:
+        # Arrow reports damaged bytes as any of these.
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise _corrupt(path, "it is unreadable") from error
 
     def _descriptor(self, shard: int) -> int:
