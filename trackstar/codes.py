@@ -118,7 +118,7 @@ class Rotation:
 
         padded_ND = torch.nn.functional.pad(unit_ND, (0, self.padded_dim - self.dim)) * signs_2D[0]
         mixed_Nab = _sandwich(left_aa, padded_ND.view(num, self._a, self._b), right_bb)
-        mixed_ND = mixed_Nab.reshape(num, self.padded_dim)[:, permutation_D] * signs_2D[1]
+        mixed_ND = mixed_Nab.reshape(num, self.padded_dim).index_select(1, permutation_D) * signs_2D[1]
         # The first k outputs are the first ceil(k/b) rows of H_a times all of H_b.
         rows = -(-k // self._b)
         rotated_Nrb = _sandwich(left_aa[:rows], mixed_ND.view(num, self._a, self._b), right_bb)
