@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trackstar.model import LoadedModel, load_model
+from trackstar.model import LoadedModel, find_members, is_fused_experts, load_model
 
 VOCABULARY = 97
 _SIZE: dict[str, Any] = {
@@ -37,7 +38,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", _GROUPED),
     "gemma": ("gemma", {**_GROUPED, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {**_GROUPED, "tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "gemma3": ("gemma3_text", {**_GROUPED, "tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "gemma3": (
+        "gemma3_text",
+        {**_GROUPED, "tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    ),
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}),
     "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
@@ -60,7 +64,8 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_model(folder: Path, architecture: str, *, seed: int = 0, scale: float = 1.0, **overrides: Any) -> Path:
-    """Save a randomly initialised model and its tokenizer; larger weights than usual make gradients well-conditioned."""
+    """Save a randomly initialised model and its tokenizer; larger weights than usual make gradients well-
+    conditioned."""
     model_type, settings = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **overrides}))
@@ -79,8 +84,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     return load_model(folder, dtype=dtype)
 
 
+def with_plain_experts(loaded: LoadedModel) -> LoadedModel:
+    """The same model with every fused experts module taken apart."""
+    for name, module in list(loaded.model.named_modules()):
+        if is_fused_experts(module):
+            loaded.model.set_submodule(name, PlainExperts(module))
+    loaded.model.requires_grad_(False)
+    members, _ = find_members(loaded.model)
+    return replace(loaded, members=members)
+
+
 class PlainExperts(nn.Module):
-    """Fused experts taken apart into Linear modules that see routed tokens only, as older checkpoints' own code does."""
+    """Fused experts taken apart into Linear modules that see routed tokens only, as older checkpoints' own code
+    does."""
 
     def __init__(self, fused: Any) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ however often the build was interrupted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,15 +25,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trackstar.corpus import Corpus, CorpusConfig
 from trackstar.encode import Encoder, Example, fold_factors
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
+from trackstar.estimate import estimate_moments
 from trackstar.generation import CodeConfig, Generation, GenerationConfig, build_generation
 from trackstar.hessian import Autocorrelation, MixConfig, autocorrelation
-from trackstar.index import COMPUTE_DTYPES, FORMAT, Correction, check_identity, fix_identity, load_correction, save_correction
+from trackstar.index import (
+    COMPUTE_DTYPES,
+    FORMAT,
+    Correction,
+    check_identity,
+    fix_identity,
+    load_correction,
+    save_correction,
+)
 from trackstar.model import LoadedModel, load_model
-from trackstar.moments import estimate_moments, load_moments
-from trackstar.passages import Cursor, Passage, read_passages
+from trackstar.moments import load_moments
+from trackstar.passages import Cursor, Passage, begin_token, read_passages
 from trackstar.planner import propose_projection
 from trackstar.projection import BlockLayout
-from trackstar.queries import bos_token, read_queries, tokenize
+from trackstar.queries import read_queries, tokenize
 from trackstar.rows import ROW_DTYPES, RowStore, finished_shards, mark_complete, write_shard
 from trackstar.storage import digest_of, publish, publish_json, read_json
 
@@ -54,7 +64,7 @@ class MomentsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = "none"
-    rank: int = Field(default=4, ge=1, le=64)
+    rank: int = Field(default=1, ge=1, le=64)
     exact: bool = False
     sample: int = Field(default=1024, ge=1)
 
@@ -142,7 +152,9 @@ class Silent:
         """Nothing."""
 
 
-def build_index(config: IndexConfig, out: str | Path, *, progress: Progress | None = None, verify: bool = False) -> Generation:
+def build_index(
+    config: IndexConfig, out: str | Path, *, progress: Progress | None = None, verify: bool = False
+) -> Generation:
     """Build, or finish building, an index and make its generation active.
 
     Args:
@@ -220,7 +232,9 @@ def _layout(config: IndexConfig, loaded: LoadedModel, progress: Progress) -> Blo
     )
 
 
-def _identity(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, layout: BlockLayout, window: int) -> dict[str, Any]:
+def _identity(
+    config: IndexConfig, loaded: LoadedModel, corpus: Corpus, layout: BlockLayout, window: int
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": {
@@ -235,7 +249,7 @@ def _identity(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, layout: 
         "blocks": [{"name": block.name, "rows": block.rows, "cols": block.cols} for block in layout.blocks],
         "dim": layout.dim,
         "window_tokens": window,
-        "add_bos": bos_token(loaded.tokenizer) is not None,
+        "add_bos": begin_token(loaded.tokenizer) is not None,
         "row_dtype": config.row_dtype,
         "compute_dtype": config.compute_dtype,
         "shard_passages": config.shard_passages or default_shard_passages(layout.dim, config.row_dtype),
@@ -252,16 +266,21 @@ def _correction(
         return load_correction(path)
     if config.moments.source == "estimate":
         progress.start("moments", 0, config.moments.sample)
-        moments = estimate_moments(loaded, [_example(p) for p in _sample(loaded, corpus, window, config.moments.sample)])
+        moments = estimate_moments(
+            loaded,
+            [_example(passage) for passage in _sample(loaded, corpus, window, config.moments.sample)],
+            max_batch_tokens=config.max_batch_tokens,
+            on_batch=lambda done: progress.advance("moments", done, 0),
+        )
     else:
-        moments = load_moments(config.moments.source, loaded.model)
+        names = [member.name for member in loaded.members]
+        moments = load_moments(config.moments.source, loaded.model, names=names)
     correction: Correction = {}
     errors: list[tuple[float, int]] = []
     for member in loaded.members:
         shape = (member.out_features, member.in_features)
-        exact = moments.exact(member.name, shape) if config.moments.exact else None
-        if exact is not None:
-            correction[member.name] = exact
+        if config.moments.exact and member.name in moments.full:
+            correction[member.name] = moments.exact(member.name, shape)
             continue
         scale = moments.scale(member.name, shape, config.moments.rank)
         correction[member.name] = scale
@@ -269,8 +288,9 @@ def _correction(
     if moments.full and errors:
         mean = sum(error * size for error, size in errors) / sum(size for _, size in errors)
         progress.note(
-            f"Adam's second moments fitted by {config.moments.rank} separable terms per weight: expected relative squared error "
-            f"of the corrected gradient {mean:.3f} on average, {max(error for error, _ in errors):.3f} at worst"
+            f"Adam's second moments fitted by {config.moments.rank} separable term(s) per weight: expected "
+            f"relative squared error of the corrected gradient {mean:.4f} on average, "
+            f"{max(error for error, _ in errors):.4f} at worst"
         )
     return correction
 
@@ -306,12 +326,11 @@ def _encode_rows(
 ) -> None:
     if (folder / "complete.json").is_file() and _all_receipts(folder):
         return
-    done = sum(receipt.num_passages for receipt in finished_shards(folder))
-    progress.start("encoding", done, None)
+    finished = sum(receipt.num_passages for receipt in finished_shards(folder))
+    progress.start("encoding", finished, None)
     for shard, passages, cursor in _missing_shards(folder, corpus, loaded, window, shard_passages):
-        encoded = encoder.encode(
-            [_example(passage) for passage in passages], on_batch=lambda tokens: progress.advance("encoding", done, tokens)
-        )
+        on_batch = partial(progress.advance, "encoding", finished)
+        encoded = encoder.encode([_example(passage) for passage in passages], on_batch=on_batch)
         finite = torch.isfinite(encoded.rows_ND).all(dim=1)
         if not bool(finite.all()):
             bad = passages[int((~finite).nonzero()[0])]
@@ -322,8 +341,8 @@ def _encode_rows(
         write_shard(
             folder, shard, passages, encoded.rows_ND, encoded.loss_N, dtype=config.row_dtype, next_cursor=cursor
         )
-        done += len(passages)
-        progress.advance("encoding", done, 0)
+        finished += len(passages)
+        progress.advance("encoding", finished, 0)
     if corpus.bad_records:
         examples = "; ".join(corpus.bad_examples)
         progress.note(f"{corpus.bad_records} bad records were skipped: {examples}")
@@ -371,7 +390,7 @@ def _receipt(folder: Path, shard: int) -> tuple[int, Cursor] | None:
 
 
 def _all_receipts(folder: Path) -> bool:
-    return len(finished_shards(folder)) == read_json(folder / "complete.json")["num_shards"]
+    return len(finished_shards(folder)) == int(read_json(folder / "complete.json")["num_shards"])
 
 
 def _drop_altered(folder: Path, progress: Progress) -> None:

@@ -38,10 +38,12 @@ _EXPERTS_IMPLEMENTATION = "trackstar"
 class Factors:
     """The folded projection of one weight matrix.
 
-    `out` [m, K*p] and `in_` [n, K*q] hold the K terms side by side. With `elementwise` [m, n] (the exact S of a full
-    second moment, K = 1) the factors are bare projections and S is applied to every per-example gradient.
+    `name` is the weight's. `out` [m, K*p] and `in_` [n, K*q] hold the K terms side by side. With `elementwise` [m, n]
+    (the exact S of a full second moment, K = 1) the factors are bare projections and S is applied to every per-
+    example gradient.
     """
 
+    name: str
     block: int
     terms: int
     out: Tensor
@@ -55,14 +57,16 @@ class Sink(Protocol):
     def add(self, block: int, u_BSp: Tensor, v_BSq: Tensor, *, placed: bool = True) -> None:
         """Take the projected sides; if `placed`, contraction index s belongs to token s * T // S."""
 
-    def add_exact(self, factors: Factors, delta_BTm: Tensor, a_BTn: Tensor) -> None:
+    def add_exact(self, factors: Factors, delta_BSm: Tensor, a_BSn: Tensor, *, placed: bool = True) -> None:
         """Take the unprojected sides of a weight matrix whose correction does not separate."""
 
 
 class RowSink:
     """Sums u^T v over tokens and weight matrices into rows [B, d] of float32."""
 
-    def __init__(self, layout: BlockLayout, *, num_examples: int, num_sites: Mapping[int, int], device: torch.device) -> None:
+    def __init__(
+        self, layout: BlockLayout, *, num_examples: int, num_sites: Mapping[int, int], device: torch.device
+    ) -> None:
         self._layout = layout
         self._num_sites = num_sites
         self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -75,11 +79,11 @@ class RowSink:
         if len(pending) == self._num_sites[block]:
             self._contract(block)
 
-    def add_exact(self, factors: Factors, delta_BTm: Tensor, a_BTn: Tensor) -> None:
+    def add_exact(self, factors: Factors, delta_BSm: Tensor, a_BSn: Tensor, *, placed: bool = True) -> None:
         assert factors.elementwise is not None
         block_Bd = self._view(factors.block)
-        for example, (delta_Tm, a_Tn) in enumerate(zip(delta_BTm, a_BTn, strict=True)):
-            corrected_mn = (delta_Tm.mT @ a_Tn) * factors.elementwise
+        for example, (delta_Sm, a_Sn) in enumerate(zip(delta_BSm, a_BSn, strict=True)):
+            corrected_mn = (delta_Sm.mT @ a_Sn) * factors.elementwise
             block_Bd[example] += factors.out.mT @ corrected_mn @ factors.in_
 
     def finish(self) -> Tensor:
@@ -90,7 +94,7 @@ class RowSink:
 
     def _view(self, block: int) -> Tensor:
         shape = self._layout.blocks[block]
-        return self.rows_ND[:, self._layout.span(block)].unflatten(1, (shape.rows, shape.cols))
+        return self.rows_ND[:, self._layout.span(block)].view(-1, shape.rows, shape.cols)
 
     def _contract(self, block: int) -> None:
         pending = self._pending.pop(block)
@@ -104,23 +108,25 @@ class TokenSink:
 
     def __init__(self, layout: BlockLayout, *, num_examples: int, num_tokens: int, query_d: Tensor) -> None:
         self._queries = [
-            part.unflatten(0, (block.rows, block.cols)) for part, block in zip(layout.split(query_d), layout.blocks, strict=True)
+            part.view(block.rows, block.cols) for part, block in zip(layout.split(query_d), layout.blocks, strict=True)
         ]
         self.contributions_BTb = query_d.new_zeros(num_examples, num_tokens, len(layout.blocks))
         self.unplaced_Bb = query_d.new_zeros(num_examples, len(layout.blocks))
 
     def add(self, block: int, u_BSp: Tensor, v_BSq: Tensor, *, placed: bool = True) -> None:
-        share_BS = ((u_BSp.float() @ self._queries[block]) * v_BSq.float()).sum(-1)
-        if placed:
-            num_tokens = self.contributions_BTb.shape[1]
-            self.contributions_BTb[:, :, block] += share_BS.unflatten(1, (num_tokens, -1)).sum(-1)
-        else:
-            self.unplaced_Bb[:, block] += share_BS.sum(1)
+        self._place(block, ((u_BSp.float() @ self._queries[block]) * v_BSq.float()).sum(-1), placed)
 
-    def add_exact(self, factors: Factors, delta_BTm: Tensor, a_BTn: Tensor) -> None:
+    def add_exact(self, factors: Factors, delta_BSm: Tensor, a_BSn: Tensor, *, placed: bool = True) -> None:
         assert factors.elementwise is not None
         query_mn = (factors.out @ self._queries[factors.block] @ factors.in_.mT) * factors.elementwise
-        self.contributions_BTb[:, :, factors.block] += ((delta_BTm @ query_mn) * a_BTn).sum(-1)
+        self._place(factors.block, ((delta_BSm @ query_mn) * a_BSn).sum(-1), placed)
+
+    def _place(self, block: int, share_BS: Tensor, placed: bool) -> None:
+        if placed:
+            num_examples, num_tokens, _ = self.contributions_BTb.shape
+            self.contributions_BTb[:, :, block] += share_BS.reshape(num_examples, num_tokens, -1).sum(-1)
+        else:
+            self.unplaced_Bb[:, block] += share_BS.sum(1)
 
 
 class Capture:
@@ -160,7 +166,7 @@ class Capture:
 
     def _wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         original = module.forward
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         self._handles.append(_Restore(module, original))
 
     def remove(self) -> None:
@@ -208,7 +214,7 @@ class Capture:
 
             def deliver_exact(delta: Tensor) -> None:
                 seen.add(module_name)
-                sink.add_exact(factors, delta.reshape(*shape), a_BTn)
+                sink.add_exact(factors, delta.reshape(*shape), a_BTn, placed=placed)
 
             output.register_hook(deliver_exact)
             return
@@ -234,7 +240,7 @@ class Capture:
 
     def _router_forward(self, module: nn.Module, module_name: str, factors: Factors) -> Callable[..., Any]:
         original = module.forward
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(module.get_parameter("weight").shape)
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             if not self.active:
@@ -243,8 +249,8 @@ class Capture:
                 result = original(*arguments, **keywords)
             if len(calls.found) != 1:
                 raise UnsupportedModel(
-                    f"{module_name!r} ({type(module).__name__}) holds a weight {shape} but does not apply it as one linear map; "
-                    f"leave it out on purpose with --exclude {module_name!r}"
+                    f"{module_name!r} ({type(module).__name__}) holds a weight {shape} but does not apply it as one "
+                    f"linear map; leave it out on purpose with --exclude {module_name!r}"
                 )
             self.observe(module_name, factors, *calls.found[0])
             return result
@@ -261,7 +267,7 @@ class _Restore:
         self._module, self._original = module, original
 
     def remove(self) -> None:
-        self._module.forward = self._original  # type: ignore[method-assign]
+        self._module.forward = self._original
 
 
 class _RestoreExperts:
@@ -293,7 +299,8 @@ class _LinearCalls(TorchFunctionMode):
 
 
 class _ExpertsCapture:
-    """Receives the two sides of every (token, slot) of one fused experts module, slot-aligned so that tokens stay known."""
+    """Receives the two sides of every (token, slot) of one fused experts module, slot-aligned so that tokens stay
+    known."""
 
     def __init__(self, capture: Capture, module_name: str, factors: Mapping[str, Factors]) -> None:
         self._capture = capture
@@ -317,25 +324,37 @@ class _ExpertsCapture:
             sink, (num_examples, _) = capture._sink, capture._shape
             seen = capture._seen
             assert sink is not None
-            first = factors_by_name[f"{full_name}[0]"]
-            if first.elementwise is not None:
-                raise UnsupportedModel("the exact correction is not available for fused experts; use a separable one")
-            num_slots = x_SI.shape[0]
-
-            def project(x_SF: Tensor, side: str) -> Tensor:
-                out = x_SF.new_zeros(num_slots, getattr(first, side).shape[1])
-                for expert, index in enumerate(slots):
-                    if len(index):
-                        out[index] = x_SF[index] @ getattr(factors_by_name[f"{full_name}[{expert}]"], side)
-                return out.view(num_examples, num_slots // num_examples * first.terms, -1)
-
-            v_BSq = project(x_SI.detach(), "in_")
+            experts = [factors_by_name[f"{full_name}[{expert}]"] for expert in range(len(slots))]
+            first, num_slots = experts[0], x_SI.shape[0]
+            x_SI = x_SI.detach()
             if not y_SO.requires_grad:
                 y_SO.requires_grad_(True)
 
+            def masked(x_SF: Tensor, index: Tensor) -> Tensor:
+                out = torch.zeros_like(x_SF).index_copy_(0, index, x_SF[index])
+                return out.view(num_examples, num_slots // num_examples, -1)
+
+            def deliver_exact(delta_SO: Tensor) -> None:
+                seen.add(self._module_name)
+                for factors, index in zip(experts, slots, strict=True):
+                    if len(index):
+                        sink.add_exact(factors, masked(delta_SO, index), masked(x_SI, index))
+
+            def project(x_SF: Tensor, sides: Sequence[Tensor]) -> Tensor:
+                out = x_SF.new_zeros(num_slots, sides[0].shape[1])
+                for side, index in zip(sides, slots, strict=True):
+                    if len(index):
+                        out[index] = x_SF[index] @ side
+                return out.view(num_examples, num_slots // num_examples * first.terms, -1)
+
+            if first.elementwise is not None:
+                y_SO.register_hook(deliver_exact)
+                return
+            v_BSq = project(x_SI, [factors.in_ for factors in experts])
+
             def deliver(delta_SO: Tensor) -> None:
                 seen.add(self._module_name)
-                sink.add(first.block, project(delta_SO, "out"), v_BSq)
+                sink.add(first.block, project(delta_SO, [factors.out for factors in experts]), v_BSq)
 
             y_SO.register_hook(deliver)
 
@@ -360,9 +379,7 @@ def _expert_linear(
     return y_SO
 
 
-def _captured_experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def _captured_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one layer, expert by expert, with every (token, slot) kept in token order.
 
     Same mathematics as transformers' own implementations; hidden_states [tokens, hidden], top_k_* [tokens, slots].

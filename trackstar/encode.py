@@ -2,14 +2,14 @@
 
     row(z) = P_d ( grad Loss(z) / sqrt(V) )          [d], float32
 
-An `Encoder` holds a frozen model, the folded projections and the hooks. `encode` batches examples of equal padded length,
-runs one forward and one backward pass per batch and returns one row per example in the order given. `contributions` runs
-the same pass and returns how much every token and block adds to the inner product with a query.
+An `Encoder` holds a frozen model, the folded projections and the hooks. `encode` batches examples of equal padded
+length, runs one forward and one backward pass per batch and returns one row per example in the order given.
+`contributions` runs the same pass and returns how much every token and block adds to the inner product with a query.
 
-Reproducibility: the padded length of an example depends on its own length only, and no matrix product ever has fewer rows
-than where kernels change their summation order. On the CPU kernels this was measured with (see tests/unit/test_encode.py)
-rows are therefore bitwise independent of batch size, order and neighbours. Experts of a mixture see token counts that
-depend on the batch, so there (and on GPUs) rows agree to rounding only.
+Reproducibility: the padded length of an example depends on its own length only, and no matrix product ever has fewer
+rows than where kernels change their summation order. On the CPU kernels this was measured with (see
+tests/unit/test_encode.py) rows are therefore bitwise independent of batch size, order and neighbours. Experts of a
+mixture see token counts that depend on the batch, so there (and on GPUs) rows agree to rounding only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trackstar import loss
-from trackstar.capture import Capture, Factors, RoutedTokens, RowSink, TokenSink
+from trackstar.capture import Capture, Factors, RoutedTokens, RowSink, Sink, TokenSink
 from trackstar.errors import InvalidRequest, UnsupportedModel
 from trackstar.loss import MIN_KERNEL_ROWS, Objective, cross_entropy
 from trackstar.model import LoadedModel
-from trackstar.separable import SeparableScale
 from trackstar.projection import BlockLayout, normal_factor
+from trackstar.separable import SeparableScale
+
+AnySink = TypeVar("AnySink", bound=Sink)
 
 _PROBE_TOKENS = 32
 _ROUTED_EXPERT = re.compile(r"experts?\.\d+\.")
@@ -37,7 +40,7 @@ _ROUTED_EXPERT = re.compile(r"experts?\.\d+\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """Tokens int32 [T] and the position of the first target; a passage has `first_target` 1, a query its prompt's length."""
+    """Tokens int32 [T]; the loss counts from `first_target` on: 1 for a passage, the prompt's length for a query."""
 
     tokens: NDArray[np.int32]
     first_target: int = 1
@@ -58,7 +61,8 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contributions:
-    """Shares of <row, query>: `by_token_Tb` [T, blocks], plus `unplaced_b` [blocks] from experts whose tokens are not known."""
+    """Shares of <row, query>: `by_token_Tb` [T, blocks], plus `unplaced_b` [blocks] from experts whose tokens are not
+    known."""
 
     by_token_Tb: Tensor
     unplaced_b: Tensor
@@ -89,15 +93,24 @@ def fold_factors(
         out_mp = normal_factor(
             seed=seed, name=member.name, side="out", size=block.rows, features=range(member.out_features)
         )
-        in_nq = normal_factor(seed=seed, name=member.name, side="in", size=block.cols, features=range(member.in_features))
+        in_nq = normal_factor(
+            seed=seed, name=member.name, side="in", size=block.cols, features=range(member.in_features)
+        )
         scale = correction[member.name]
-        exact = isinstance(scale, Tensor)
+        elementwise: Tensor | None = None
+        terms = 1
+        if isinstance(scale, Tensor):
+            elementwise = scale.to(device, dtype)
+        else:
+            terms = scale.out.shape[0]
+            out_mp, in_nq = _fold(out_mp, scale.out), _fold(in_nq, scale.in_)
         factors[member.name] = Factors(
+            name=member.name,
             block=index,
-            terms=1 if exact else scale.out.shape[0],
-            out=(out_mp if exact else _fold(out_mp, scale.out)).to(device, dtype),
-            in_=(in_nq if exact else _fold(in_nq, scale.in_)).to(device, dtype),
-            elementwise=scale.to(device, dtype) if exact else None,
+            terms=terms,
+            out=out_mp.to(device, dtype),
+            in_=in_nq.to(device, dtype),
+            elementwise=elementwise,
         )
     return factors
 
@@ -114,7 +127,8 @@ def padded_length(num_tokens: int) -> int:
 
 
 def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples that share a padded length, longest first, at most `max_batch_tokens` padded tokens a batch."""
+    """Indices of examples that share a padded length, longest first, at most `max_batch_tokens` padded tokens a
+    batch."""
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(padded_length(length), []).append(index)
@@ -165,44 +179,60 @@ class Encoder:
         Raises:
             InvalidRequest: an example is empty or longer than the model's window.
         """
-        self._check(examples)
         device = self.loaded.model.device
         rows_ND = torch.empty(len(examples), self.layout.dim, dtype=torch.float32, device=device)
         loss_N = torch.empty(len(examples), dtype=torch.float32, device=device)
-        for indices in self._batches(examples):
-            batch = [examples[index] for index in indices]
-            tokens_BT, is_target_BT = self._pad(batch)
-            shape = {"num_examples": tokens_BT.shape[0], "num_tokens": tokens_BT.shape[1]}
-            sink = RowSink(
-                self.layout, num_examples=shape["num_examples"], num_sites=self._capture.num_sites, device=device
-            )
-            with self._capture.into(sink, **shape):
-                losses_B = self._backward(tokens_BT, is_target_BT)
+
+        def make(num_examples: int, _num_tokens: int) -> RowSink:
+            return RowSink(self.layout, num_examples=num_examples, num_sites=self._capture.num_sites, device=device)
+
+        for indices, sink, losses_B in self.run(examples, make):
             where = torch.tensor(indices, device=device)
-            rows_ND[where] = sink.finish()[: len(batch)]
-            loss_N[where] = losses_B[: len(batch)]
+            rows_ND[where] = sink.finish()[: len(indices)]
+            loss_N[where] = losses_B
             if on_batch is not None:
-                on_batch(sum(len(example.tokens) for example in batch))
+                on_batch(sum(len(examples[index].tokens) for index in indices))
         return Encoded(rows_ND=rows_ND, loss_N=loss_N)
 
     def contributions(self, examples: Sequence[Example], query_d: Tensor) -> list[Contributions]:
         """How every token and block of each example adds to <row, query_d>; query_d is float32 [d], un-normalised."""
-        self._check(examples)
         query_d = query_d.to(self.loaded.model.device)
-        found: list[Contributions | None] = [None] * len(examples)
-        for indices in self._batches(examples):
-            batch = [examples[index] for index in indices]
-            tokens_BT, is_target_BT = self._pad(batch)
-            shape = {"num_examples": tokens_BT.shape[0], "num_tokens": tokens_BT.shape[1]}
-            sink = TokenSink(self.layout, query_d=query_d, **shape)
-            with self._capture.into(sink, **shape):
-                self._backward(tokens_BT, is_target_BT)
+        found: dict[int, Contributions] = {}
+
+        def make(num_examples: int, num_tokens: int) -> TokenSink:
+            return TokenSink(self.layout, num_examples=num_examples, num_tokens=num_tokens, query_d=query_d)
+
+        for indices, sink, _ in self.run(examples, make):
             for position, index in enumerate(indices):
                 found[index] = Contributions(
                     by_token_Tb=sink.contributions_BTb[position, : len(examples[index].tokens)].cpu(),
                     unplaced_b=sink.unplaced_Bb[position].cpu(),
                 )
-        return [item for item in found if item is not None]
+        return [found[index] for index in range(len(examples))]
+
+    def run(
+        self, examples: Sequence[Example], make_sink: Callable[[int, int], AnySink]
+    ) -> Iterator[tuple[list[int], AnySink, Tensor]]:
+        """Forward and backward batch by batch, each into a new sink.
+
+        Args:
+            examples: what to run.
+            make_sink: makes the sink of a batch from its padded (number of examples, number of tokens).
+
+        Yields:
+            Indices of the batch's examples, its sink (rows behind these are padding), and their losses float32 [B].
+
+        Raises:
+            InvalidRequest: an example is empty or longer than the model's window.
+        """
+        self._check(examples)
+        for indices in self._batches(examples):
+            tokens_BT, is_target_BT = self._pad([examples[index] for index in indices])
+            num_examples, num_tokens = tokens_BT.shape
+            sink = make_sink(num_examples, num_tokens)
+            with self._capture.into(sink, num_examples=num_examples, num_tokens=num_tokens):
+                losses_B = self._backward(tokens_BT, is_target_BT)
+            yield indices, sink, losses_B[: len(indices)]
 
     def _backward(self, tokens_BT: Tensor, is_target_BT: Tensor) -> Tensor:
         return loss.backward(
@@ -242,7 +272,7 @@ class Encoder:
 
     def _probe(self) -> None:
         """Run a few tokens through the model: every contributing module must receive a gradient."""
-        vocabulary = self.loaded.model.get_input_embeddings().weight.shape[0]
+        vocabulary = int(self.loaded.model.config.get_text_config().vocab_size)
         num_tokens = min(_PROBE_TOKENS, self.loaded.max_tokens)
         tokens = np.random.Generator(np.random.Philox(key=0)).integers(0, vocabulary, (2, num_tokens), dtype=np.int32)
         examples = [Example(tokens=row) for row in tokens]

@@ -1,10 +1,10 @@
 """A generation: rows + mix + code, built shard by shard, immutable once active.
 
-    generations/<id>/generation.json      mix, lambda, damping, code, digests; written last, so it marks the end of CODING
-    generations/<id>/whitener.safetensors W = R^(-1/2), one float32 [D_b, D_b] per block
+    generations/<id>/generation.json      mix, lambda, damping, code, digests; written last, so it marks the end of
+    CODING generations/<id>/whitener.safetensors W = R^(-1/2), one float32 [D_b, D_b] per block
     generations/<id>/codes/000007.safetensors   "codes" and "norms" = |W g| (float32) of a shard's rows
-    generations/<id>/background.safetensors     ids and rows of a random sample, for z-scores
-    generations/<id>/coarse/              the coarse index (Milvus Lite), rebuilt from the codes when absent
+    generations/<id>/background.safetensors     ids and rows of a random sample, for z-scores generations/<id>/coarse/
+    the coarse index (Milvus Lite), rebuilt from the codes when absent
 
 The exact score of a passage needs no whitened rows: <R^-1 g_q, g_m> / (|W g_q| |W g_m|) is one dot product with a
 pre-multiplied query, times a stored norm. The generation's id is a digest of everything that determines its bytes.
@@ -134,7 +134,9 @@ def _whitener(
     else:
         correlation, weight = mix(train(), task, config)
         whitener = Whitener.fit(correlation, layout, damping=config.damping)
-    publish(path, safetensors.torch.save({f"{i:03d}": root.contiguous() for i, root in enumerate(whitener.inverse_roots)}))
+    publish(
+        path, safetensors.torch.save({f"{i:03d}": root.contiguous() for i, root in enumerate(whitener.inverse_roots)})
+    )
     publish_json(note, {"weight": weight})
     return whitener, weight
 
@@ -154,7 +156,9 @@ def _publish_background(home: Path, rows: RowStore, size: int) -> None:
     if path.is_file():
         return
     generator = np.random.Generator(np.random.Philox(key=0))
-    ids = np.sort(generator.choice(rows.num_passages, size=min(size, rows.num_passages), replace=False)).astype(np.int64)
+    ids = np.sort(generator.choice(rows.num_passages, size=min(size, rows.num_passages), replace=False)).astype(
+        np.int64
+    )
     sample_ND = rows.read(ids).to(torch.bfloat16 if rows.dtype == "bfloat16" else torch.float32)
     publish(path, safetensors.torch.save({"ids": torch.from_numpy(ids), "rows": sample_ND}))
 
@@ -175,8 +179,8 @@ class Generation:
             raise NotReady(f"generation {home.name!r} is not finished; give the index command again") from error
         if self.facts["rows"] != rows.digest:
             raise Incompatible(
-                f"generation {home.name!r} was built on rows {self.facts['rows'][:12]}, these rows are {rows.digest[:12]}; "
-                "build it again"
+                f"generation {home.name!r} was built on rows {self.facts['rows'][:12]}, these rows are "
+                f"{rows.digest[:12]}; build it again"
             )
         self.home = home
         self.name: str = self.facts["name"]
@@ -235,22 +239,29 @@ class Generation:
             else:
                 if not (self.home / "coarse" / "receipt.json").is_file():
                     raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
-                self._coarse = MilvusLiteIndex.open(self.home / "coarse" / "milvus.db", dim=self.layout.dim, size=self.code.size)
+                self._coarse = MilvusLiteIndex.open(
+                    self.home / "coarse" / "milvus.db", dim=self.layout.dim, size=self.code.size
+                )
         return self._coarse
 
     def _codes_shard(self, shard: int) -> dict[str, Tensor]:
         name = f"codes/{shard:06d}.safetensors"
         path = self.home / name
         if not path.is_file():
-            raise CorruptArtifact(f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again")
+            raise CorruptArtifact(
+                f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again"
+            )
         found = safetensors.torch.load_file(path)
         if len(found["norms"]) != self.rows.receipts[shard].num_passages:
-            raise CorruptArtifact(f"{str(path)!r} does not hold one norm for every row; delete {str(self.home)!r} to rebuild it")
+            raise CorruptArtifact(
+                f"{str(path)!r} does not hold one norm for every row; delete {str(self.home)!r} to rebuild it"
+            )
         return found
 
     def _check(self, name: str) -> None:
         path = self.home / name
         if file_digest(path) != self.facts["files"][name]:
             raise CorruptArtifact(
-                f"{str(path)!r} is not what was written; delete {str(self.home)!r} and give the index command again, the rows are kept"
+                f"{str(path)!r} is not what was written; delete {str(self.home)!r} and give the index command again, "
+                "the rows are kept"
             )

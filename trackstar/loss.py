@@ -2,9 +2,9 @@
 
     Loss(z) = - sum over target tokens t of log p(token_t | tokens before t)
 
-The sum (not the mean) is taken; the unit norm makes the final score the same for both. Logits never stand whole: the head
-runs on chunks of target positions only, each chunk's gradient goes straight to the hidden states, and prompts and padding
-cost no head at all. Whatever an architecture does after its head (soft caps, scales) happens in its own code.
+The sum (not the mean) is taken; the unit norm makes the final score the same for both. Logits never stand whole: the
+head runs on chunks of target positions only, each chunk's gradient goes straight to the hidden states, and prompts and
+padding cost no head at all. Whatever an architecture does after its head (soft caps, scales) happens in its own code.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Maps float32 logits [n, vocabulary] and targets [n] to one value per target token [n]; rows hold the gradient of its sum.
+# Maps logits [n, vocabulary] and targets [n] to one value per target token [n]; rows hold the gradient of its sum.
+# Logits come as float32, or as float64 from a float64 model.
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 # Below this many rows some matrix products switch to kernels with another summation order (measured on x86 with MKL:
 # fewer than 6), so smaller chunks are filled up with zero rows to keep a passage's bits independent of its neighbours.
-MIN_KERNEL_ROWS = 16
+MIN_KERNEL_ROWS = 64
 
 
 def cross_entropy(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
-    """Negative log-likelihood of every target token, float32 [n]."""
+    """Negative log-likelihood of every target token, [n] in the logits' type."""
     return nn.functional.cross_entropy(logits_nV, targets_n, reduction="none")
 
 
 def backward(
-    model: Any, tokens_BT: Tensor, is_target_BT: Tensor, *, objective: Objective = cross_entropy, chunk_tokens: int = 1024
+    model: Any,
+    tokens_BT: Tensor,
+    is_target_BT: Tensor,
+    *,
+    objective: Objective = cross_entropy,
+    chunk_tokens: int = 1024,
 ) -> Tensor:
     """Run forward and backward; gradients of the summed objective reach whatever hooks listen.
 
@@ -63,10 +69,11 @@ def backward(
             if count < MIN_KERNEL_ROWS:
                 hidden_nH = nn.functional.pad(hidden_nH, (0, 0, 0, MIN_KERNEL_ROWS - count))
             hidden_nH.requires_grad_(True)
-            values_n = objective(head(hidden_nH)[:count].float(), targets_n[chunk])
+            logits_nV = head(hidden_nH)[:count]
+            values_n = objective(logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float(), targets_n[chunk])
             (gradient_nH,) = torch.autograd.grad(values_n.sum(), hidden_nH)
             gradient_BTH[where] = gradient_nH[:count]
-            values_B.index_add_(0, where[0], values_n.detach())
+            values_B.index_add_(0, where[0], values_n.detach().float())
     if hidden_BTH.requires_grad:
         hidden_BTH.backward(gradient_BTH)
     return values_B

@@ -4,9 +4,9 @@
 
     score(m, q) = <R^-1 g_q, g_m> / (|W g_q| |W g_m|)        W = R^(-1/2), g un-whitened rows
 
-The coarse index proposes `candidates` passages for each end of the ranking; their rows are read and scored exactly. With
-`exact=True`, or when that costs no more, every row is scored and nothing is left to chance. Scores mean nothing alone, so
-each comes with a z-score against the same query's scores on a random sample of passages.
+The coarse index proposes `candidates` passages for each end of the ranking; their rows are read and scored exactly.
+With `exact=True`, or when that costs no more, every row is scored and nothing is left to chance. Scores mean nothing
+alone, so each comes with a z-score against the same query's scores on a random sample of passages.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _WORD = re.compile(r"\w+")
 class Evidence:
     """Where a score comes from. Both lists sum to the score, up to the rounding of the stored row.
 
-    `tokens`: (text, contribution) of every token, in order; `blocks`: (block name, contribution). `overlap` is the share of
-    the query's distinct words that occur in the passage, from 0 to 1.
+    `tokens`: (text, contribution) of every token, in order; `blocks`: (block name, contribution). `overlap` is the
+    share of the query's distinct words that occur in the passage, from 0 to 1.
     """
 
     tokens: tuple[tuple[str, float], ...]
@@ -48,7 +48,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Influence:
-    """One passage in a ranking; `score` is the cosine of the two whitened rows, `z_score` its place in the background."""
+    """One passage in a ranking; `score` is the cosine of the two whitened rows, `z_score` its place in the
+    background."""
 
     rank: int
     passage: Passage
@@ -157,7 +158,9 @@ class Tracer:
             encoded = self._encode(examples[part])
             clock.lap("encode")
             # A scan reads every row once for all queries; the cascade reads `candidates` rows for every query and end.
-            scan = exact or len(encoded) * len(signs) * min(candidates, self.rows.num_passages) >= self.rows.num_passages
+            scan = (
+                exact or len(encoded) * len(signs) * min(candidates, self.rows.num_passages) >= self.rows.num_passages
+            )
             if scan:
                 rankings = self._scan(encoded, signs, k)
                 clock.lap("scan")
@@ -200,8 +203,10 @@ class Tracer:
                 if following == eos:
                     break
                 tokens = torch.cat([tokens, torch.tensor([[following]])], dim=1)
-        text: str = self.loaded.tokenizer.decode(tokens[0, example.first_target :].tolist())
-        return text.split("\n")[0].strip()
+        return self._decode(tokens[0, example.first_target :].tolist()).split("\n")[0].strip()
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.loaded.tokenizer.decode(tokens))
 
     def _tokenize(self, query: Query) -> Example:
         facts = self.index.facts
@@ -216,16 +221,16 @@ class Tracer:
             raise InvalidRequest("the query's gradient is zero: the model is already certain of the target")
         return [
             _Encoded(unit_d=unit, dual_d=dual, loss=float(loss))
-            for unit, dual, loss in zip(whitened_QD / norms_Q[:, None], dual_QD / norms_Q[:, None], encoded.loss_N, strict=True)
+            for unit, dual, loss in zip(
+                whitened_QD / norms_Q[:, None], dual_QD / norms_Q[:, None], encoded.loss_N, strict=True
+            )
         ]
 
     def _search(self, encoded: Sequence[_Encoded], signs: Sequence[float], limit: int) -> list[list[NDArray[np.int64]]]:
         """Candidate ids per query and end."""
         spec = self.generation.code.spec
         codes = encode_codes(spec, self.generation.rotation, torch.stack([query.unit_d for query in encoded]))
-        ends = [
-            self.generation.coarse.search(codes if sign > 0 else negate(spec, codes), limit)[0] for sign in signs
-        ]
+        ends = [self.generation.coarse.search(codes if sign > 0 else negate(spec, codes), limit)[0] for sign in signs]
         return [[end[query] for end in ends] for query in range(len(encoded))]
 
     def _rerank(
@@ -258,12 +263,12 @@ class Tracer:
     def _scores(rows_ND: Tensor, norms_N: NDArray[np.float32], dual_QD: Tensor) -> NDArray[np.float32]:
         """Exact scores [Q, N]; a row of norm zero scores zero."""
         norms = np.where(norms_N > 0, norms_N, np.float32(np.inf))
-        scores: NDArray[np.float32] = (dual_QD @ rows_ND.mT).numpy() / norms
+        scores: NDArray[np.float32] = np.divide((dual_QD @ rows_ND.mT).numpy(), norms, dtype=np.float32)
         return scores
 
     def _background(self, query: _Encoded) -> tuple[float, float]:
-        scores = self._scores(self._background_ND, self._background_norms_N.numpy(), query.dual_d[None])[0].astype(np.float64)
-        return float(scores.mean()), float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+        found = self._scores(self._background_ND, self._background_norms_N.numpy(), query.dual_d[None])
+        return float(found[0].mean(dtype=np.float64)), float(found[0].std(ddof=1, dtype=np.float64))
 
     def _influences(
         self,
@@ -298,7 +303,7 @@ class Tracer:
             norm = float(self.generation.norms_N[passage.passage_id]) or float("inf")
             by_token = (shares.by_token_Tb.double().sum(1) / norm).tolist()
             by_block = ((shares.by_token_Tb.double().sum(0) + shares.unplaced_b.double()) / norm).tolist()
-            texts = [self.loaded.tokenizer.decode([token]) for token in passage.tokens.tolist()]
+            texts = [self._decode([token]) for token in passage.tokens.tolist()]
             unplaced = float(shares.unplaced_b.double().sum()) / norm
             tokens = list(zip(texts, by_token, strict=True)) + ([("(experts)", unplaced)] if unplaced else [])
             here = {word.lower() for word in _WORD.findall(passage.text)}
