@@ -46,6 +46,8 @@ from trackstar.queries import read_queries, tokenize
 from trackstar.rows import ROW_DTYPES, RowStore, finished_shards, mark_complete, write_shard
 from trackstar.storage import digest_of, publish, publish_json, read_json
 
+_COUNTED_DOCUMENTS = 20_000
+
 
 class ProjectionConfig(BaseModel):
     """P_d. Numbers left out are proposed from the model and explained."""
@@ -175,7 +177,7 @@ def build_index(
         trust_remote_code=config.trust_remote_code,
         exclude=config.exclude,
     )
-    layout = _layout(config, loaded, progress)
+    layout = _layout(config, loaded, corpus, progress)
     window = min(config.window_tokens or loaded.max_tokens, loaded.max_tokens)
     identity = _identity(config, loaded, corpus, layout, window)
     check_identity(root, identity)
@@ -222,11 +224,14 @@ def default_shard_passages(dim: int, row_dtype: str) -> int:
     return int(min(16384, max(64, 1 << ((1 << 27) // row_bytes).bit_length() - 1)))
 
 
-def _layout(config: IndexConfig, loaded: LoadedModel, progress: Progress) -> BlockLayout:
+def _layout(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, progress: Progress) -> BlockLayout:
     wanted = config.projection
-    layer_blocks, rows, cols, explanation = propose_projection(loaded.num_layers, loaded.num_parameters, None)
-    if wanted.layer_blocks is None or wanted.rows is None or wanted.cols is None:
-        progress.note(explanation)
+    if wanted.layer_blocks and wanted.rows and wanted.cols:
+        return loaded.layout(layer_blocks=wanted.layer_blocks, rows=wanted.rows, cols=wanted.cols)
+    # Beyond some size the corpus no longer limits the projection, so counting stops there.
+    counted = sum(1 for _ in islice(corpus.documents(), _COUNTED_DOCUMENTS))
+    layer_blocks, rows, cols, explanation = propose_projection(loaded.num_layers, loaded.num_parameters, counted)
+    progress.note(explanation)
     return loaded.layout(
         layer_blocks=wanted.layer_blocks or layer_blocks, rows=wanted.rows or rows, cols=wanted.cols or cols
     )

@@ -16,16 +16,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from trackstar.coarse import CoarseIndex, MemoryIndex
-from trackstar.codes import CodeSpec, Rotation, encode_codes
+from trackstar.codes import CodeKind, CodeSpec, Rotation, encode_codes, padded_dim
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, mix
 from trackstar.milvus import MilvusLiteIndex
@@ -33,21 +34,34 @@ from trackstar.projection import BlockLayout
 from trackstar.rows import RowStore
 from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
 
+# Twice the floats halve the noise's square and double Milvus Lite's time and memory.
+DEFAULT_PREFIX = 1024
+
 
 class CodeConfig(BaseModel):
-    """The coarse code. `store` says where it is searched: Milvus Lite holds float prefixes, memory holds both kinds."""
+    """The coarse code. `store` says where it is searched: Milvus Lite holds float prefixes, memory holds both kinds.
+
+    `size` left out becomes 1,024 floats, or as many bits as the rotated vector has coordinates.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str = Field(default="prefix", pattern="^(prefix|bits)$")
-    size: int = Field(default=1024, ge=8)
-    store: str = Field(default="milvus-lite", pattern="^(milvus-lite|memory)$")
+    kind: CodeKind = "prefix"
+    size: int | None = Field(default=None, ge=8)
+    store: Literal["milvus-lite", "memory"] = "milvus-lite"
     seed: int = 0
 
-    @property
-    def spec(self) -> CodeSpec:
-        """The code without where it is kept."""
-        return CodeSpec(kind=self.kind, size=self.size, seed=self.seed)  # type: ignore[arg-type]
+    @model_validator(mode="after")
+    def _check(self) -> CodeConfig:
+        if self.store == "milvus-lite" and self.kind != "prefix":
+            raise ValueError("Milvus Lite holds no bits; use the kind 'prefix' or the store 'memory'")
+        return self
+
+    def spec(self, dim: int) -> CodeSpec:
+        """The code of vectors of dimension `dim`, without where it is kept."""
+        largest = padded_dim(dim)
+        default = min(DEFAULT_PREFIX, largest) if self.kind == "prefix" else largest
+        return CodeSpec(kind=self.kind, size=self.size or default, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +122,7 @@ def build_generation(
                 norms_N = whitened_ND.norm(dim=1)
                 # A row of zeros (a passage without any target) keeps norm 0 and scores 0 against everything.
                 unit_ND = whitened_ND / norms_N.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-                codes = encode_codes(config.code.spec, rotation, unit_ND)
+                codes = encode_codes(config.code.spec(layout.dim), rotation, unit_ND)
                 publish(path, safetensors.torch.save({"codes": torch.from_numpy(codes), "norms": norms_N}))
             on_rows("coding", receipt.shard * rows.shard_passages + receipt.num_passages, rows.num_passages)
         _publish_background(home, rows, config.background)
@@ -185,6 +199,7 @@ class Generation:
         self.home = home
         self.name: str = self.facts["name"]
         self.code = CodeConfig(**self.facts["code"])
+        self.spec = self.code.spec(layout.dim)
         self.layout = layout
         self.rows = rows
         for name in ("whitener.safetensors", "background.safetensors"):
@@ -212,7 +227,7 @@ class Generation:
         folder = self.home / "coarse"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        index = MilvusLiteIndex.create(folder / "milvus.db", dim=self.layout.dim, size=self.code.size)
+        index = MilvusLiteIndex.create(folder / "milvus.db", dim=self.layout.dim, size=self.spec.size)
         try:
             for receipt in self.rows.receipts:
                 codes = self._codes_shard(receipt.shard)["codes"].numpy()
@@ -231,7 +246,7 @@ class Generation:
         """The coarse index, opened at first use."""
         if self._coarse is None:
             if self._codes is not None:
-                index = MemoryIndex(self.code.spec, self.layout.dim)
+                index = MemoryIndex(self.spec, self.layout.dim)
                 for receipt, codes in zip(self.rows.receipts, self._codes, strict=True):
                     first = receipt.shard * self.rows.shard_passages
                     index.add(np.arange(first, first + len(codes), dtype=np.int64), codes)
@@ -239,9 +254,17 @@ class Generation:
             else:
                 if not (self.home / "coarse" / "receipt.json").is_file():
                     raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
-                self._coarse = MilvusLiteIndex.open(
-                    self.home / "coarse" / "milvus.db", dim=self.layout.dim, size=self.code.size
+                opened = MilvusLiteIndex.open(
+                    self.home / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
                 )
+                if (count := opened.count()) != self.rows.num_passages:
+                    opened.close()
+                    raise CorruptArtifact(
+                        f"the coarse index of generation {self.name!r} holds {count} of "
+                        f"{self.rows.num_passages} passages; "
+                        f"delete {str(self.home / 'coarse')!r} and give the index command again"
+                    )
+                self._coarse = opened
         return self._coarse
 
     def _codes_shard(self, shard: int) -> dict[str, Tensor]:

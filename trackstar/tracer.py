@@ -228,7 +228,7 @@ class Tracer:
 
     def _search(self, encoded: Sequence[_Encoded], signs: Sequence[float], limit: int) -> list[list[NDArray[np.int64]]]:
         """Candidate ids per query and end."""
-        spec = self.generation.code.spec
+        spec = self.generation.spec
         codes = encode_codes(spec, self.generation.rotation, torch.stack([query.unit_d for query in encoded]))
         ends = [self.generation.coarse.search(codes if sign > 0 else negate(spec, codes), limit)[0] for sign in signs]
         return [[end[query] for end in ends] for query in range(len(encoded))]
