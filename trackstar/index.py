@@ -50,10 +50,10 @@ class Index:
                 f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`"
             )
         self.facts: dict[str, Any] = read_json(self.root / "index.json")
-        if self.facts.get("format") != FORMAT:
+        found = self.facts.get("format") if isinstance(self.facts, dict) else None
+        if found != FORMAT:
             raise Incompatible(
-                f"{str(root)!r} has format {self.facts.get('format')!r}, this version reads format {FORMAT}; "
-                "build it again"
+                f"{str(root)!r} has format {found!r}, this version reads format {FORMAT}; build it again"
             )
 
     @property
@@ -160,7 +160,7 @@ def load_correction(path: Path) -> Correction:
             name: SeparableScale(out=tensors[f"{name}:out"], in_=tensors[f"{name}:in"], error=error)
             for name, error in errors.items()
         }
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{str(path)!r} is unreadable; delete the index folder and build it again") from error
     for key, tensor in tensors.items():
         if key.endswith(":elementwise"):
@@ -169,7 +169,7 @@ def load_correction(path: Path) -> Correction:
 
 
 # Where things lay and how many tokens went into a batch may change between runs; what they hold may not.
-_FREE_TO_CHANGE = ("model.path", "corpus.paths", "max_batch_tokens")
+_FREE_TO_CHANGE = ("model.path", "corpus.paths", "corpus.skip_bad", "max_batch_tokens")
 
 
 def check_identity(root: Path, identity: dict[str, Any]) -> None:
@@ -182,11 +182,10 @@ def check_identity(root: Path, identity: dict[str, Any]) -> None:
     path = root / "index.json"
     if path.is_file():
         for key, then, now in _differences(read_json(path), json.loads(json.dumps(identity)), ""):
-            if key not in _FREE_TO_CHANGE:
-                raise Incompatible(
-                    f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
-                    "another --out"
-                )
+            raise Incompatible(
+                f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
+                "another --out"
+            )
     elif root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
     # A first run that was killed while it wrote index.json leaves the temporary file, which does not count.
@@ -202,10 +201,15 @@ def fix_identity(root: Path, identity: dict[str, Any]) -> None:
 
 
 def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    """Dotted key and both values of everything that differs and may not; parts of a list go by their position."""
+    if prefix in _FREE_TO_CHANGE:
+        return []
+    if isinstance(then, list) and isinstance(now, list):
+        then, now = dict(enumerate(then)), dict(enumerate(now))
     if isinstance(then, dict) and isinstance(now, dict):
         return [
             difference
             for key in sorted(then.keys() | now.keys())
-            for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+            for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if then == now else [(prefix, then, now)]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, NotFound
+from trackstar.passages import begin_token
 
 _FIELDS = (("prompt", "target"), ("inputs_plaintext", "targets_plaintext"), ("prompt0", "entity1"))
 _IDS = ("query_id", "example_id", "fact_id")
@@ -105,7 +106,7 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
         tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (query.prompt, text)
     )
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
-    bos = bos_token(tokenizer) if add_bos else None
+    bos = begin_token(tokenizer) if add_bos else None
     prefix = ([] if bos is None else [bos]) + list(ids[:shared])
     target_ids = list(ids[shared:])
     if not target_ids:
@@ -121,9 +122,3 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
             f"{max_tokens}; shorten it"
         )
     return Example(tokens=np.array(prefix + target_ids, dtype=np.int32), first_target=len(prefix))
-
-
-def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that leads every passage: BOS, else EOS, else none."""
-    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return None if found is None else int(found)
