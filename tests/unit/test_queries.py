@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from tests import tiny
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.queries import Query, bos_token, read_queries, tokenize
+from trackstar.queries import Query, read_queries, tokenize
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -233,14 +233,13 @@ def test_long_queries_are_tokenised_without_a_warning(caplog: pytest.LogCaptureF
         logger.removeHandler(caplog.handler)
 
 
-def test_begin_tokens() -> None:
-    assert bos_token(BYTES) == BYTES.eos_token_id
-    assert bos_token(SPACED) == SPACED.bos_token_id
-    bare = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    none = PreTrainedTokenizerFast(tokenizer_object=bare)
-    assert bos_token(none) is None
+def test_a_model_without_a_begin_token_gets_none() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert parts("a", "a", bare, add_bos=True)[0] == ["a"]
     with pytest.raises(InvalidRequest, match="nothing precedes the target"):
-        tokenize(query("", "a"), none, add_bos=True, max_tokens=9)
+        tokenize(query("", "a"), bare, add_bos=True, max_tokens=9)
 
 
 def test_the_tiny_tokenizer_is_read_from_disk_alike(tmp_path: Path) -> None:
