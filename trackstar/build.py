@@ -22,6 +22,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trackstar.codes import check_size
 from trackstar.corpus import Corpus, CorpusConfig
 from trackstar.encode import Encoder, Example, fold_factors
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
@@ -178,6 +179,7 @@ def build_index(
         exclude=config.exclude,
     )
     layout = _layout(config, loaded, corpus, progress)
+    check_size(config.code.spec(layout.dim).size, layout.dim)
     window = min(config.window_tokens or loaded.max_tokens, loaded.max_tokens)
     identity = _identity(config, loaded, corpus, layout, window)
     check_identity(root, identity)

@@ -268,7 +268,8 @@ class Tracer:
 
     def _background(self, query: _Encoded) -> tuple[float, float]:
         found = self._scores(self._background_ND, self._background_norms_N.numpy(), query.dual_d[None])
-        return float(found[0].mean(dtype=np.float64)), float(found[0].std(ddof=1, dtype=np.float64))
+        std = float(found[0].std(ddof=1, dtype=np.float64)) if len(found[0]) > 1 else 0.0
+        return float(found[0].mean(dtype=np.float64)), std
 
     def _influences(
         self,
