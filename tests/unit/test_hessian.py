@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -87,6 +87,7 @@ def test_autocorrelation_equals_the_loop(dtype: torch.dtype, tolerance: float) -
         assert relative(block, expected) < tolerance
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), max_size=6), st.permutations(range(40)))
 def test_autocorrelation_does_not_depend_on_batches_or_order(cuts: list[int], order: list[int]) -> None:
     rows_ND = rows(40)
@@ -159,6 +160,7 @@ def test_both_ways_of_scoring_agree() -> None:
     torch.testing.assert_close(folded, direct, rtol=1e-4, atol=1e-4 * float(direct.abs().max()))
 
 
+@settings(max_examples=30)
 @given(st.floats(1e-6, 1e6), st.floats(1e-3, 1.0))
 def test_damping_is_relative_to_the_mean_eigenvalue(factor: float, damping: float) -> None:
     """Scaling all gradients by c scales W by 1/c: damping follows the size of the spectrum."""

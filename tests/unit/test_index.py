@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests import tiny
@@ -162,6 +163,7 @@ def test_a_truncated_identity_is_corrupt(tmp_path: Path) -> None:
 # --- the correction ----------------------------------------------------------------------------------------------
 
 
+@hypothesis_settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1)), max_size=4),
     st.integers(0, 1000),

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_entries_are_those_of_an_independent_generator(size: int, feature: int) 
     torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.lists(st.integers(0, 60), min_size=2, max_size=5))
 def test_any_slicing_gives_the_same_numbers(size: int, cuts: list[int]) -> None:
     whole = draw(size=size, features=range(60))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trackstar.errors import CorruptArtifact, NotFound
@@ -121,6 +121,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(JSON)
 def test_json_comes_back_and_has_one_form(content: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -161,6 +162,7 @@ def test_file_digest_sees_every_bit(tmp_path: Path) -> None:
     assert file_digest(path) == hashlib.sha256(data).hexdigest() != digest
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), JSON, max_size=4))
 def test_digest_of_depends_on_content_only(content: dict[str, Any]) -> None:
     backwards = dict(reversed(content.items()))
