@@ -55,24 +55,17 @@ def main() -> None:
         encoder.close()
         train = autocorrelation((batch for _, batch in rows.batches()), layout)
         mixed, weight = mix(train, autocorrelation([others_QD], layout), MixConfig(kind="task"))
-        identity = Whitener.identity(layout)
-        methods: dict[str, tuple[Whitener, bool]] = {
-            f"gradient dot{label}": (identity, False),
-            f"cosine{label}": (identity, True),
-        }
+        whiteners = {"": Whitener.identity(layout)}
         for damping in (arguments.damping, *arguments.more_dampings):
             suffix = "" if damping == arguments.damping else f", damping {damping:g}"
-            whitener = Whitener.fit(train, layout, damping=damping)
-            methods[f"cosine{label}+R{suffix}"] = (whitener, True)
-            if not suffix:
-                methods[f"dot{label}+R (no unit norm)"] = (whitener, False)
-            methods[f"cosine{label}+R+task mix (lambda {weight:.3f}){suffix}"] = (
-                Whitener.fit(mixed, layout, damping=damping),
-                True,
-            )
-        for name, (whitener, unit) in methods.items():
-            results[name] = _measure(_scores(rows, whitener, queries_QD, unit), gold, arguments.seed)
-            print(f"{name:50s} MRR {results[name]['mrr']:.3f}  R@10 {results[name]['recall_at_10']:.3f}", flush=True)
+            whiteners[f"+R{suffix}"] = Whitener.fit(train, layout, damping=damping)
+            whiteners[f"+R+task mix (lambda {weight:.3f}){suffix}"] = Whitener.fit(mixed, layout, damping=damping)
+        for name, whitener in whiteners.items():
+            dots_QN, norms_N = _scores(rows, whitener, queries_QD)
+            for kind, scores_QN in (("gradient dot", dots_QN), ("cosine", dots_QN / norms_N)):
+                method = f"{kind}{label}{name}"
+                results[method] = found = _measure(scores_QN, gold, arguments.seed)
+                print(f"{method:50s} MRR {found['mrr']:.3f}  R@10 {found['recall_at_10']:.3f}", flush=True)
         results[f"spectrum{label}"] = _spectrum(train)
         rows.close()
     (out / "results.json").write_text(json.dumps(results, indent=2))
@@ -128,16 +121,14 @@ def _gold(queries: Sequence[Query], rows: RowStore) -> list[set[int]]:
     return [{by_sentence[name] for name in query.fields["trex_sentences"]} for query in queries]
 
 
-def _scores(rows: RowStore, whitener: Whitener, queries_QD: Tensor, unit: bool) -> Scores:
-    """Scores [Q, N] of all rows; un-normalised on the rows' side unless `unit`."""
+def _scores(rows: RowStore, whitener: Whitener, queries_QD: Tensor) -> tuple[Scores, Scores]:
+    """Whitened inner products [Q, N] with all rows, and the norms [N] of the whitened rows."""
     dual_QD = whitener.apply_twice(queries_QD)
-    found = []
+    dots, norms = [], []
     for _, rows_ND in rows.batches():
-        scores_QN = dual_QD @ rows_ND.float().mT
-        if unit:
-            scores_QN /= whitener.apply(rows_ND).norm(dim=1).clamp_min(1e-30)
-        found.append(scores_QN.numpy())
-    return np.concatenate(found, axis=1)
+        dots.append((dual_QD @ rows_ND.float().mT).numpy())
+        norms.append(whitener.apply(rows_ND).norm(dim=1).clamp_min(1e-30).numpy())
+    return np.concatenate(dots, axis=1), np.concatenate(norms)
 
 
 def _measure(scores_QN: Scores, gold: Sequence[set[int]], seed: int) -> dict[str, Any]:
