@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trackstar.coarse import CoarseIndex, MemoryIndex
@@ -274,7 +275,10 @@ class Generation:
             raise CorruptArtifact(
                 f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again"
             )
-        found = safetensors.torch.load_file(path)
+        try:
+            found = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{str(path)!r} is unreadable; delete {str(self.home)!r} to rebuild it") from error
         if len(found["norms"]) != self.rows.receipts[shard].num_passages:
             raise CorruptArtifact(
                 f"{str(path)!r} does not hold one norm for every row; delete {str(self.home)!r} to rebuild it"

@@ -92,6 +92,8 @@ class Tracer:
         self.rows = index.rows()
         self.generation: Generation = index.generation(generation, rows=self.rows)
         self.encoder: Encoder = index.encoder(loaded)
+        # Scans check no single rows as reranking does, so the first one compares every shard with its digest.
+        self._verified = False
         self._background_ND = self.generation.background_rows_ND.float()
         self._background_norms_N = torch.from_numpy(self.generation.norms_N[self.generation.background_ids])
 
@@ -247,7 +249,7 @@ class Tracer:
         """The best k of all passages, shard by shard, per query and end."""
         dual_QD = torch.stack([query.dual_d for query in encoded])
         best = [[(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in signs] for _ in encoded]
-        for first, rows_ND in self.rows.batches():
+        for first, rows_ND in self.rows.batches(verify=not self._verified):
             ids = np.arange(first, first + len(rows_ND), dtype=np.int64)
             scores_QN = self._scores(rows_ND.float(), self.generation.norms_N[ids], dual_QD)
             for query, ends in enumerate(best):
@@ -257,6 +259,7 @@ class Tracer:
                     ends[end] = _best(
                         np.concatenate([old_ids, new_ids]), np.concatenate([old_scores, new_scores]), sign, k
                     )
+        self._verified = True
         return best
 
     @staticmethod
