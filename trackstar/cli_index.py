@@ -1,0 +1,233 @@
+"""The command `trackstar index`: its options become an `IndexConfig`, which is built.
+
+Contract: options override the YAML file of --config; what neither names keeps its default. Requests that could only
+fail after hours of encoding, such as a task mix without queries, fail here at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from trackstar.console import print_summary
+from trackstar.errors import InvalidRequest
+from trackstar.progress import StepProgress
+
+if TYPE_CHECKING:
+    from trackstar.build import IndexConfig
+
+_OUT = "Where it goes"
+_MODEL = "Model and correction"
+_PROJECTION = "Projection and whitening"
+_CORPUS = "Corpus"
+_WORK = "How the work is done"
+
+
+def index(
+    corpus: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files, folders or URLs: JSONL, Parquet, Hugging Face dataset folders, text; .gz and .zst too."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the checkpoint.", rich_help_panel=_MODEL)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the index.", rich_help_panel=_OUT)] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.")] = None,
+    moments: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|estimate|PATH",
+            help="Optimizer correction V: a checkpoint folder with optimizer.pt, that file, or a safetensors file.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    moments_rank: Annotated[
+        int | None, typer.Option(help="Terms of the separable fit of Adam's V.", rich_help_panel=_MODEL)
+    ] = None,
+    exact_moments: Annotated[
+        bool,
+        typer.Option("--exact-moments", help="Apply V to every per-example gradient: slow.", rich_help_panel=_MODEL),
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave modules of this pattern out; repeat.", rich_help_panel=_MODEL)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=_MODEL),
+    ] = False,
+    layer_blocks: Annotated[
+        int | None, typer.Option(help="Groups of layers; proposed if left out.", rich_help_panel=_PROJECTION)
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Projected output side per block.", rich_help_panel=_PROJECTION)
+    ] = None,
+    cols: Annotated[
+        int | None, typer.Option(help="Projected input side per block.", rich_help_panel=_PROJECTION)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the projection.", rich_help_panel=_PROJECTION)] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="train|task|none",
+            help="What R is made of; task by default if --task-queries is given.",
+            rich_help_panel=_PROJECTION,
+        ),
+    ] = None,
+    task_queries: Annotated[
+        str | None, typer.Option(help="JSONL of queries that R_task is made of.", rich_help_panel=_PROJECTION)
+    ] = None,
+    mix_weight: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT|crossing", help="Share lambda of R_task.", rich_help_panel=_PROJECTION),
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Damping, in mean eigenvalues.", rich_help_panel=_PROJECTION)
+    ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(metavar="prefix|bits", help="Coarse code; bits are searched in memory.", rich_help_panel=_WORK),
+    ] = None,
+    code_size: Annotated[int | None, typer.Option(help="Floats or bits of the code.", rich_help_panel=_WORK)] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="milvus-lite|memory", help="Coarse index.", rich_help_panel=_WORK)
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of the text.", rich_help_panel=_CORPUS)] = None,
+    id_field: Annotated[str | None, typer.Option(help="Field of the document's id.", rich_help_panel=_CORPUS)] = None,
+    source_field: Annotated[str | None, typer.Option(help="Field of the source.", rich_help_panel=_CORPUS)] = None,
+    metadata_field: Annotated[
+        list[str] | None, typer.Option(help="Field to keep beside the text; repeat.", rich_help_panel=_CORPUS)
+    ] = None,
+    text_unit: Annotated[
+        str | None,
+        typer.Option(metavar="line|paragraph|file", help="A document of a text file.", rich_help_panel=_CORPUS),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Count bad records and go on.", rich_help_panel=_CORPUS)
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per passage; the model's window by default.", rich_help_panel=_CORPUS)
+    ] = None,
+    row_dtype: Annotated[
+        str | None, typer.Option(metavar="bfloat16|float32", help="Stored rows.", rich_help_panel=_WORK)
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16|float64", help="Model and gradients.", rich_help_panel=_WORK)
+    ] = None,
+    shard_passages: Annotated[int | None, typer.Option(help="Passages per shard.", rich_help_panel=_WORK)] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch.", rich_help_panel=_WORK)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A torch device, such as cpu or cuda.", rich_help_panel=_WORK)
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check finished shards and build altered ones again.", rich_help_panel=_OUT)
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Describe the index as JSON.", rich_help_panel=_OUT)] = False,
+) -> None:
+    """Build an index from a corpus and a checkpoint; the same command continues an interrupted build."""
+    settings = {
+        "corpus.paths": corpus,
+        "corpus.text_field": text_field,
+        "corpus.id_field": id_field,
+        "corpus.source_field": source_field,
+        "corpus.metadata_fields": metadata_field,
+        "corpus.text_unit": text_unit,
+        "corpus.skip_bad": skip_bad or None,
+        "model": model,
+        "moments.source": moments,
+        "moments.rank": moments_rank,
+        "moments.exact": exact_moments or None,
+        "exclude": exclude,
+        "trust_remote_code": trust_remote_code or None,
+        "projection.layer_blocks": layer_blocks,
+        "projection.rows": rows,
+        "projection.cols": cols,
+        "projection.seed": seed,
+        "mix.kind": mix,
+        "mix.weight": mix_weight,
+        "mix.damping": damping,
+        "task_queries": task_queries,
+        "code.kind": code,
+        "code.size": code_size,
+        "code.store": store,
+        "window_tokens": window,
+        "row_dtype": row_dtype,
+        "compute_dtype": compute_dtype,
+        "shard_passages": shard_passages,
+        "max_batch_tokens": batch_tokens,
+        "device": device,
+    }
+    if out is None:
+        raise InvalidRequest("say where the index is to be built with --out DIR")
+    _index(_index_config(config, settings), out, verify=verify, as_json=as_json)
+
+
+def _index_config(file: Path | None, settings: dict[str, Any]) -> IndexConfig:
+    """The settings of the YAML file, if any, overridden by the options that were given."""
+    from trackstar.build import make_config, read_config
+    from trackstar.queries import read_queries
+
+    content = read_config(file) if file is not None else {}
+    for place, value in settings.items():
+        if value is None or value == []:
+            continue
+        *groups, name = place.split(".")
+        inner = content
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise InvalidRequest(f"the config's {group} must be a mapping of settings")
+        inner[name] = value
+    for place, option in (("corpus", "CORPUS"), ("model", "--model DIR")):
+        if place not in content:
+            raise InvalidRequest(f"nothing says which {place} to index; give {option}")
+    if content.get("task_queries") is not None and "kind" not in content.get("mix", {}):
+        content.setdefault("mix", {})["kind"] = "task"
+    if content.get("code", {}).get("kind") == "bits" and "store" not in content["code"]:
+        content["code"]["store"] = "memory"
+    config = make_config(content)
+    if config.mix.kind == "task" and config.task_queries is None:
+        raise InvalidRequest("a task mix needs the task's queries; give --task-queries FILE.jsonl or another --mix")
+    if config.task_queries is not None:
+        read_queries(config.task_queries)  # a bad line shall not wait until all rows are encoded
+    return config
+
+
+def _index(config: IndexConfig, out: Path, *, verify: bool, as_json: bool) -> None:
+    from trackstar.build import build_index
+    from trackstar.describe import describe_index
+    from trackstar.forecast import TokenForecast
+    from trackstar.rows import finished_shards
+
+    quieten()
+    forecast = TokenForecast(config.corpus, config.model)
+    finished = sum(receipt.num_tokens for receipt in finished_shards(out / "rows"))
+    progress = StepProgress(Console(stderr=True), expected_tokens=forecast.tokens, tokens_before=finished)
+    with contextlib.ExitStack() as held:
+        held.callback(forecast.stop)
+        held.enter_context(progress)
+        build_index(config, out, progress=progress, verify=verify).close()
+    facts = describe_index(out)
+    if as_json:
+        print_json(facts)
+        return
+    print_summary(Console(), facts)
+    print(f"\nNow ask it:  trackstar trace --index {shlex.quote(str(out))} --prompt 'The capital of France is'")
+
+
+def print_json(content: Any) -> None:
+    """Content as indented JSON on standard output."""
+    print(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def quieten() -> None:
+    """Keep progress bars and advice of transformers from between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

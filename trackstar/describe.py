@@ -1,0 +1,119 @@
+"""What an index folder holds, finished or not, as a plain dictionary; and which of its files are not what was written.
+
+Contract: reads index.json, receipts and file sizes; rows and codes are read by `damaged_files` alone. An unfinished
+index is described as far as it has come. Everything returned is plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from trackstar.errors import CorruptArtifact, NotFound
+from trackstar.generation import CodeConfig
+from trackstar.index import Index
+from trackstar.rows import finished_shards
+from trackstar.storage import file_digest, read_json
+
+
+def describe_index(root: str | Path) -> dict[str, Any]:
+    """Identity, rows, generations and sizes of an index.
+
+    Returns:
+        index.json's own keys (`model`, `corpus`, `moments`, `blocks`, `dim`, ...) and `path`, `state` ("complete" when
+        a generation answers, "rows" with all rows but none active yet, else "encoding"), `rows` (counts), `moments.fit`
+        (mean and worst expected relative squared error of the correction, None where nothing was fitted),
+        `generations` (finished and unfinished ones) and `bytes` (by part and in total).
+
+    Raises:
+        NotFound, Incompatible, CorruptArtifact: the folder holds no index, or one that cannot be read.
+    """
+    index = Index(root)
+    receipts = finished_shards(index.root / "rows")
+    complete = bool(_optional(index.root / "rows" / "complete.json"))
+    active = _optional(index.root / "active.json").get("generation")
+    parts = ("rows", "statistics", "generations")
+    sizes = {part: _folder_bytes(index.root / part) for part in parts}
+    return {
+        **index.facts,
+        "path": str(root),
+        "state": "complete" if active is not None and complete else "rows" if complete else "encoding",
+        "moments": {**index.facts["moments"], "fit": _fit(index.root / "correction.safetensors")},
+        "rows": {
+            "complete": complete,
+            "shards": len(receipts),
+            "passages": sum(receipt.num_passages for receipt in receipts),
+            "tokens": sum(receipt.num_tokens for receipt in receipts),
+        },
+        "generations": [
+            _generation(home, active, index.layout.dim)
+            for home in sorted((index.root / "generations").glob("*"))
+            if home.is_dir()
+        ],
+        "bytes": {**sizes, "total": _folder_bytes(index.root)},
+    }
+
+
+def damaged_files(root: str | Path) -> list[str]:
+    """A sentence about every file of rows and generations whose bytes are not those its receipt was written for.
+
+    Raises:
+        NotFound, Incompatible: the folder holds no index, or one of another format.
+    """
+    index = Index(root)
+    expected: dict[Path, str] = {}
+    for receipt in finished_shards(index.root / "rows"):
+        stem = index.root / "rows" / f"{receipt.shard:06d}"
+        expected[stem.with_suffix(".safetensors")] = receipt.rows_digest
+        expected[stem.with_suffix(".parquet")] = receipt.sidecar_digest
+    for note in sorted((index.root / "generations").glob("*/generation.json")):
+        expected.update({note.parent / name: digest for name, digest in read_json(note)["files"].items()})
+    return [sentence for path, digest in expected.items() if (sentence := _damage(path, digest))]
+
+
+def _damage(path: Path, digest: str) -> str | None:
+    try:
+        found = file_digest(path)
+    except NotFound:
+        return f"{str(path)!r} is missing"
+    return None if found == digest else f"{str(path)!r} has digest {found[:12]}, {digest[:12]} was written"
+
+
+def _fit(path: Path) -> dict[str, Any] | None:
+    """Errors that stand in the header of the correction."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            errors: dict[str, float] = json.loads(file.metadata()["errors"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CorruptArtifact(f"{str(path)!r} is unreadable; delete the index folder and build it again") from error
+    if not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    return {"mean": sum(errors.values()) / len(errors), "worst": errors[worst], "worst_weight": worst}
+
+
+def _generation(home: Path, active: str | None, dim: int) -> dict[str, Any]:
+    facts = _optional(home / "generation.json")
+    if facts:
+        facts["code"]["size"] = CodeConfig(**facts["code"]).spec(dim).size
+    return {
+        "name": home.name,
+        "finished": bool(facts),
+        "active": home.name == active,
+        **{key: facts[key] for key in ("mix", "weight", "code", "background") if key in facts},
+        "bytes": _folder_bytes(home),
+    }
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON file that an unfinished index need not have; empty without it."""
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
