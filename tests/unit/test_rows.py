@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -378,6 +379,14 @@ def test_a_truncated_sidecar_is_found_on_use(length: int, folder: Path) -> None:
     for action in (lambda: store.read([300]), lambda: store.passages([300]), lambda: store.column("loss")):
         with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*unreadable.*{AGAIN}"):
             action()
+
+
+def test_a_sidecar_of_other_columns_is_found_on_use(folder: Path) -> None:
+    path = folder / "000001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["source"]), path)
+    for action in (RowStore(folder).read, RowStore(folder).passages):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*other columns.*{AGAIN}"):
+            action([300])
 
 
 def rewrite(folder: Path, rows_ND: Tensor) -> None:
