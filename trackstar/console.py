@@ -152,7 +152,11 @@ def print_generations(console: Console, facts: dict[str, Any]) -> None:
     for item in facts["generations"]:
         if not item["active"]:
             console.print()
-            console.print(fact_table([("generation", _generation_title(item)), *_generation_rows(item)]))
+            console.print(
+                fact_table(
+                    [("generation", _generation_title(item)), *_generation_rows(item, facts["rows"]["passages"])]
+                )
+            )
 
 
 def _summary_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -181,12 +185,12 @@ def _summary_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     how = "exact" if moments["exact"] else f"rank {moments['rank']}"
     error = f", relative squared error {fit['mean']:.3g} on average, {fit['worst']:.3g} at worst" if fit else ""
     if fit and not fit["worst"]:
-        how, error = "separable without error", ""
+        how, error = "factored, which folds in exactly", ""
     yield "moments", "none" if moments["source"] == "none" else f"{moments['source']}, {how}{error}"
     for item in facts["generations"]:
         if item["active"]:
             yield "generation", _generation_title(item)
-            yield from _generation_rows(item)
+            yield from _generation_rows(item, rows["passages"])
     sizes = facts["bytes"]
     parts = ", ".join(f"{name} {bytes_text(sizes[name])}" for name in ("rows", "statistics", "generations"))
     yield "on disk", f"{bytes_text(sizes['total'])} ({parts})"
@@ -197,7 +201,7 @@ def _generation_title(item: dict[str, Any]) -> str:
     return f"{item['name']} ({state}, {bytes_text(item['bytes'])})"
 
 
-def _generation_rows(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _generation_rows(item: dict[str, Any], num_passages: int) -> Iterator[tuple[str, str]]:
     if not item["finished"]:
         return
     mix, code = item["mix"], item["code"]
@@ -210,7 +214,8 @@ def _generation_rows(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
     damping = "" if mix["kind"] == "none" else f", damping {mix['damping']:g} of the mean eigenvalue"
     yield "mix", f"{kinds[mix['kind']]}{damping}"
     unit = "floats" if code["kind"] == "prefix" else "sign bits"
-    yield "code", f"{code['size']:,} {unit} in {code['store']}, background of {item['background']:,} passages"
+    yield "code", f"{code['size']:,} {unit} in {code['store']}"
+    yield "background", f"{min(item['background'], num_passages):,} passages"
 
 
 def print_plan(console: Console, content: dict[str, Any]) -> None:

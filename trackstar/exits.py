@@ -37,6 +37,7 @@ def run(app: typer.Typer, debug: Debug, arguments: Sequence[str] | None) -> int:
     debug.wanted = False
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="trackstar", standalone_mode=False)
+        sys.stdout.flush()
         # Typer turns an interrupt into this code and says nothing.
         return _end(debug, _INTERRUPTED, INTERRUPTED) if code == INTERRUPTED else int(code or 0)
     except (KeyboardInterrupt, typer.Abort):

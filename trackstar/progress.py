@@ -103,6 +103,8 @@ class StepProgress:
             count, rate, _ = self._fields()
             full = max(1, self._done)
             self._bars.update(self._task, total=full, completed=full, count=count, rate=rate, left=took)
+            if self._done == self._first:
+                self._bars.remove_task(self._task)
             self._task = None
         elif self._done > self._first:
             self._print(took)

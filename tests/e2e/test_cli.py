@@ -746,6 +746,21 @@ def test_help_and_plans_load_nothing_heavy() -> None:
     assert found.stderr == "error: this command needs more packages: pip install 'trackstar[encoder]'\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_answer() -> None:
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "trackstar.cli", "plan", "--passages", "1000"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert (found.returncode, found.stderr.count("\n")) == (9, 1)
+    assert "no space is left" in found.stderr
+
+
 def test_the_program_ends_with_its_exit_code(tmp_path: Path) -> None:
     found = fresh("-m", "trackstar.cli", "plan", "--passages", "10", "--model", str(tmp_path / "none"))
     assert found.returncode == 3
