@@ -98,7 +98,7 @@ def _index(arguments: argparse.Namespace, out: Path, moments: str) -> Index:
             "moments": {"source": moments},
             "projection": {"rows": arguments.rows, "cols": arguments.cols, "layer_blocks": 8},
             "mix": {"kind": "none"},
-            "code": {"kind": "bits", "size": 1024, "store": "memory"},
+            "code": {"kind": "bits", "store": "memory"},
         }
     )
     build_index(config, out, progress=_Printed()).close()

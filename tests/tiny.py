@@ -116,7 +116,7 @@ class PlainExperts(nn.Module):
             token, slot = torch.where(top_k_index == index)
             if not len(token):
                 continue
-            gate, up = expert.up(hidden_states[token]).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
-            out = expert.down(self.act_fn(gate) * up)  # type: ignore[operator, union-attr]
+            gate, up = expert.up(hidden_states[token]).chunk(2, dim=-1)  # type: ignore[operator]
+            out = expert.down(self.act_fn(gate) * up)  # type: ignore[operator]
             total = total.index_add(0, token, out * top_k_weights[token, slot, None])
         return total

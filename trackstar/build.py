@@ -192,19 +192,14 @@ def build_index(
         fold_factors(loaded, layout, correction, seed=config.projection.seed),
         max_batch_tokens=config.max_batch_tokens,
     )
+    # Read before anything expensive, so that a bad query file is known at once.
+    task_examples = _task_examples(config, loaded, window)
     shard_passages = config.shard_passages or default_shard_passages(layout.dim, config.row_dtype)
     folder = root / "rows"
     if verify:
         _drop_altered(folder, progress)
     _encode_rows(folder, config, corpus, loaded, encoder, window, shard_passages, progress)
     rows = RowStore(folder)
-    task = None
-    if config.task_queries is not None:
-        task_path = config.task_queries
-
-        def task() -> tuple[Autocorrelation, str]:
-            return _task_statistics(root, task_path, loaded, encoder, window)
-
     progress.start("coding", 0, rows.num_passages)
     generation = build_generation(
         root / "generations",
@@ -212,7 +207,7 @@ def build_index(
         layout,
         GenerationConfig(mix=config.mix, code=config.code, background=config.background),
         train=lambda: _train_statistics(root, rows, layout, progress),
-        task=task,
+        task=_task_statistics(root, task_examples, encoder) if task_examples else None,
         on_rows=lambda step, done, _total: progress.advance(step, done, 0),
     )
     publish_json(root / "active.json", {"generation": generation.name})
@@ -272,10 +267,11 @@ def _correction(
     if path.is_file():
         return load_correction(path)
     if config.moments.source == "estimate":
-        progress.start("moments", 0, config.moments.sample)
+        sample = [_example(passage) for passage in _sample(loaded, corpus, window, config.moments.sample)]
+        progress.start("moments", 0, len(sample))
         moments = estimate_moments(
             loaded,
-            [_example(passage) for passage in _sample(loaded, corpus, window, config.moments.sample)],
+            sample,
             max_batch_tokens=config.max_batch_tokens,
             on_batch=lambda done: progress.advance("moments", done, 0),
         )
@@ -403,11 +399,10 @@ def _all_receipts(folder: Path) -> bool:
 def _drop_altered(folder: Path, progress: Progress) -> None:
     """Delete the receipts of shards whose files are not what they say, so that they are built again."""
     for path in sorted(folder.glob("[0-9]*.json")):
-        receipt = read_json(path)
         try:
-            RowStore.verify_files(path, receipt)
+            RowStore.verify_files(path, read_json(path))
         except (CorruptArtifact, NotFound) as error:
-            progress.note(f"building shard {receipt['shard']} again: {error}")
+            progress.note(f"building shard {int(path.stem)} again: {error}")
             path.unlink()
 
 
@@ -427,12 +422,17 @@ def _train_statistics(root: Path, rows: RowStore, layout: BlockLayout, progress:
     return found
 
 
-def _task_statistics(
-    root: Path, task_queries: str, loaded: LoadedModel, encoder: Encoder, window: int
-) -> tuple[Autocorrelation, str]:
-    examples = [
-        tokenize(query, loaded.tokenizer, add_bos=True, max_tokens=window) for query in read_queries(task_queries)
-    ]
+def _task_examples(config: IndexConfig, loaded: LoadedModel, window: int) -> list[Example]:
+    if config.mix.kind != "task":
+        return []
+    if config.task_queries is None:
+        raise InvalidRequest("a task mix needs task queries; give them with --task-queries")
+    queries = read_queries(config.task_queries)
+    return [tokenize(query, loaded.tokenizer, add_bos=True, max_tokens=window) for query in queries]
+
+
+def _task_statistics(root: Path, examples: Sequence[Example], encoder: Encoder) -> tuple[Autocorrelation, str]:
+    """R_task and a digest of the queries it was made from."""
     digest = digest_of([[example.tokens.tolist(), example.first_target] for example in examples])
     path = root / "statistics" / f"task-{digest[:12]}.safetensors"
     if (known := _load_statistics(path, digest)) is not None:

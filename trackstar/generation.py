@@ -1,10 +1,10 @@
 """A generation: rows + mix + code, built shard by shard, immutable once active.
 
-    generations/<id>/generation.json      mix, lambda, damping, code, digests; written last, so it marks the end of
-    CODING generations/<id>/whitener.safetensors W = R^(-1/2), one float32 [D_b, D_b] per block
-    generations/<id>/codes/000007.safetensors   "codes" and "norms" = |W g| (float32) of a shard's rows
-    generations/<id>/background.safetensors     ids and rows of a random sample, for z-scores generations/<id>/coarse/
-    the coarse index (Milvus Lite), rebuilt from the codes when absent
+    generations/<id>/generation.json          mix, lambda, damping, code, digests; written last: the end of CODING
+    generations/<id>/whitener.safetensors     W = R^(-1/2), one float32 [D_b, D_b] per block
+    generations/<id>/codes/000007.safetensors "codes" and "norms" = |W g| (float32) of a shard's rows
+    generations/<id>/background.safetensors   ids and rows of a random sample, for z-scores
+    generations/<id>/coarse/                  the coarse index (Milvus Lite), rebuilt from the codes when absent
 
 The exact score of a passage needs no whitened rows: <R^-1 g_q, g_m> / (|W g_q| |W g_m|) is one dot product with a
 pre-multiplied query, times a stored norm. The generation's id is a digest of everything that determines its bytes.
@@ -12,6 +12,7 @@ pre-multiplied query, times a stored norm. The generation's id is a digest of ev
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def build_generation(
     config: GenerationConfig,
     *,
     train: Callable[[], Autocorrelation],
-    task: Callable[[], tuple[Autocorrelation, str]] | None,
+    task: tuple[Autocorrelation, str] | None,
     on_rows: Callable[[str, int, int], None] = lambda _step, _done, _total: None,
 ) -> Generation:
     """Build, or finish building, the generation of `rows` under `config`.
@@ -102,14 +103,14 @@ def build_generation(
         layout: blocks of a row.
         config: mix, code and size of the background sample.
         train: gives R_train; only called when the whitener is not built yet.
-        task: gives R_task and a digest of the task's queries; needed for a task mix.
+        task: R_task and a digest of the task's queries; needed for a task mix.
         on_rows: called with (step, rows done, rows in total).
 
     Raises:
         InvalidRequest: the mix cannot be made as asked.
         CorruptArtifact: a row shard is not what was written.
     """
-    task_correlation, task_digest = task() if task is not None and config.mix.kind == "task" else (None, None)
+    task_correlation, task_digest = task or (None, None)
     identity = config.identity(rows.digest, task_digest)
     name = digest_of(identity)[:12]
     home = folder / name
@@ -128,7 +129,11 @@ def build_generation(
             on_rows("coding", receipt.shard * rows.shard_passages + receipt.num_passages, rows.num_passages)
         _publish_background(home, rows, config.background)
         digests = {str(path.relative_to(home)): file_digest(path) for path in sorted(home.rglob("*.safetensors"))}
-        publish_json(home / "generation.json", {**identity, "name": name, "weight": weight, "files": digests})
+        norms = b"".join(
+            safetensors.torch.load_file(path)["norms"].numpy().tobytes() for path in sorted(home.glob("codes/*"))
+        )
+        facts = {"name": name, "weight": weight, "files": digests, "norms": hashlib.sha256(norms).hexdigest()}
+        publish_json(home / "generation.json", {**identity, **facts})
     generation = Generation(home, rows, layout)
     generation.import_codes(on_rows)
     return generation
@@ -210,9 +215,12 @@ class Generation:
         background = safetensors.torch.load_file(home / "background.safetensors")
         self.background_ids: NDArray[np.int64] = background["ids"].numpy()
         self.background_rows_ND: Tensor = background["rows"]
-        shards = [self._codes_shard(receipt.shard) for receipt in rows.receipts]
+        in_memory = self.code.store == "memory"
+        shards = [self._codes_shard(receipt.shard, verify=in_memory) for receipt in rows.receipts]
         self.norms_N: NDArray[np.float32] = np.concatenate([shard["norms"].numpy() for shard in shards])
-        self._codes = [shard["codes"].numpy() for shard in shards] if self.code.store == "memory" else None
+        if hashlib.sha256(self.norms_N.tobytes()).hexdigest() != self.facts["norms"]:
+            raise self._altered("codes")
+        self._codes = [shard["codes"].numpy() for shard in shards] if in_memory else None
         self._coarse: CoarseIndex | None = None
 
     def close(self) -> None:
@@ -231,7 +239,7 @@ class Generation:
         index = MilvusLiteIndex.create(folder / "milvus.db", dim=self.layout.dim, size=self.spec.size)
         try:
             for receipt in self.rows.receipts:
-                codes = self._codes_shard(receipt.shard)["codes"].numpy()
+                codes = self._codes_shard(receipt.shard, verify=True)["codes"].numpy()
                 first = receipt.shard * self.rows.shard_passages
                 index.add(np.arange(first, first + len(codes), dtype=np.int64), codes)
                 on_rows("importing", first + len(codes), self.rows.num_passages)
@@ -268,13 +276,15 @@ class Generation:
                 self._coarse = opened
         return self._coarse
 
-    def _codes_shard(self, shard: int) -> dict[str, Tensor]:
+    def _codes_shard(self, shard: int, *, verify: bool) -> dict[str, Tensor]:
         name = f"codes/{shard:06d}.safetensors"
         path = self.home / name
         if not path.is_file():
             raise CorruptArtifact(
                 f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again"
             )
+        if verify:
+            self._check(name)
         try:
             found = safetensors.torch.load_file(path)
         except SafetensorError as error:
@@ -286,9 +296,11 @@ class Generation:
         return found
 
     def _check(self, name: str) -> None:
-        path = self.home / name
-        if file_digest(path) != self.facts["files"][name]:
-            raise CorruptArtifact(
-                f"{str(path)!r} is not what was written; delete {str(self.home)!r} and give the index command again, "
-                "the rows are kept"
-            )
+        if file_digest(self.home / name) != self.facts["files"][name]:
+            raise self._altered(name)
+
+    def _altered(self, name: str) -> CorruptArtifact:
+        return CorruptArtifact(
+            f"{str(self.home / name)!r} is not what was written; delete {str(self.home)!r} and give the index command "
+            "again, the rows are kept"
+        )

@@ -51,10 +51,15 @@ def layout_of(loaded: LoadedModel) -> BlockLayout:
 
 
 def encoder_of(
-    loaded: LoadedModel, correction: Mapping[str, SeparableScale | Tensor] | None = None, **options: int
+    loaded: LoadedModel, correction: Mapping[str, SeparableScale | Tensor] | None = None, max_batch_tokens: int = 8192
 ) -> Encoder:
     layout = layout_of(loaded)
-    return Encoder(loaded, layout, fold_factors(loaded, layout, correction or ones(loaded), seed=SEED), **options)
+    return Encoder(
+        loaded,
+        layout,
+        fold_factors(loaded, layout, correction or ones(loaded), seed=SEED),
+        max_batch_tokens=max_batch_tokens,
+    )
 
 
 def weight_gradients(loaded: LoadedModel, example: Example) -> dict[str, Tensor]:
@@ -101,13 +106,9 @@ def oracle(
             if scale is not None:
                 gradient = gradient * scale[member.name].double()
             block = loaded.block_of(member, layout)
-            sides = {
-                side: normal_factor(
-                    seed=SEED, name=member.name, side=side, size=size, features=range(count), dtype=torch.float64
-                )
-                for side, size, count in (("out", ROWS, member.out_features), ("in", COLS, member.in_features))
-            }
-            row[layout.span(block)] += (sides["out"].mT @ gradient @ sides["in"]).reshape(-1)
+            out = normal_factor(seed=SEED, name=member.name, side="out", size=ROWS, features=range(member.out_features))
+            in_ = normal_factor(seed=SEED, name=member.name, side="in", size=COLS, features=range(member.in_features))
+            row[layout.span(block)] += (out.double().mT @ gradient @ in_.double()).reshape(-1)
     return rows
 
 
@@ -303,7 +304,7 @@ def test_too_long_and_empty_examples_are_refused(tmp_path: Path) -> None:
 def test_a_module_without_gradient_is_named(tmp_path: Path) -> None:
     loaded = tiny.load(tiny.save_model(tmp_path / "model", "llama"))
     mlp = loaded.model.get_submodule("model.layers.1.mlp")
-    mlp.forward = lambda x: x  # type: ignore[method-assign]
+    mlp.forward = lambda x: x
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.gate_proj"):
         encoder_of(loaded)
 
