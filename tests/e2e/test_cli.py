@@ -569,6 +569,8 @@ def test_a_note_that_is_no_json(world: World, run: Callable[..., Result], tmp_pa
 def child(arguments: list[str], folder: str, file_bytes: int | None) -> None:
     """One command line in a process of its own, its output in files, no file of it longer than `file_bytes`."""
     torch.set_num_threads(1)
+    # A shell that starts the tests in the background has interrupts ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         Path(folder, "out").open("w") as out,
         Path(folder, "err").open("w") as err,

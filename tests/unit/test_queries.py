@@ -223,6 +223,8 @@ def test_tokens_are_those_of_the_joined_text(prompt: str, target: str) -> None:
 def test_long_queries_are_tokenised_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A window of our own decides what is too long; the tokenizer's `model_max_length` of 8 does not."""
     logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the command line, tested in the same process, silences it
     logger.addHandler(caplog.handler)  # it does not propagate
     try:
         parts("word " * 100, "Paris")
@@ -231,6 +233,7 @@ def test_long_queries_are_tokenised_without_a_warning(caplog: pytest.LogCaptureF
         assert "longer than the specified maximum" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
 
 
 def test_a_model_without_a_begin_token_gets_none() -> None:
