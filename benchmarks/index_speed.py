@@ -1,6 +1,6 @@
 """How fast is indexing beside the least that any gradient method must do?
 
-    python -m benchmarks.index_speed [--corpus FILE.jsonl --text-field text] [--rows 16 --cols 16] [--json FILE]
+    python -m benchmarks.index_speed [--corpus FILE.jsonl ... --text-field text] [--rows 16 --cols 16] [--json FILE]
 
 One model made from a configuration (GPT-NeoX), one run, every contestant on the same tokens:
 
@@ -89,12 +89,12 @@ class Settings:
 Passages = Sequence[NDArray[np.int32]]
 
 
-def make_fixture(folder: Path, settings: Settings, corpus: str | None, text_field: str) -> None:
+def make_fixture(folder: Path, settings: Settings, corpus: Sequence[str] | None, text_field: str) -> None:
     """Save corpus.jsonl, a tokenizer fitted to it, and a randomly initialised model of the wanted size."""
     if corpus is None:
         texts = synthetic_texts(2 * settings.index_passages + settings.mixed_passages, settings.seed)
     else:
-        documents = Corpus(CorpusConfig(paths=(corpus,), text_field=text_field)).documents()
+        documents = Corpus(CorpusConfig(paths=tuple(corpus), text_field=text_field)).documents()
         texts = [document.text for document in documents]
         random.Random(settings.seed).shuffle(texts)
     for name, chosen in (("corpus", texts), ("turn", texts[: settings.index_passages])):
@@ -387,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{field.name: getattr(settings, field.name) for field in fields(Settings)},
         "threads": options.threads,
         "clock": clock,
-        "corpus": options.corpus or "synthetic",
+        "corpus": options.corpus or ["synthetic"],
     }
     with tempfile.TemporaryDirectory(prefix="trackstar-speed-") as name:
         folder = Path(name)
@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Throughput and memory of indexing beside the floor.")
-    parser.add_argument("--corpus", help="JSONL or any other corpus whose lengths to use; synthetic if left out")
+    parser.add_argument("--corpus", nargs="+", help="files or folders whose lengths to use; synthetic if left out")
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--only", nargs="+", help="contestants beside the training step and the floor")

@@ -1,0 +1,1 @@
+"""Network-facing processes. Each imports `trackstar`; nothing in `trackstar` imports from here."""
