@@ -1,5 +1,6 @@
 # make demo  indexes the example corpus and traces a few prompts
 # make test  lints, checks types and runs all tests but the slow ones
+# make protos  renews the Python stubs in trackstar/v1 from protos/ (a test compares them)
 # Either makes the environment in .venv first, if it is missing or out of date.
 
 PYTHON ?= python3
@@ -11,10 +12,10 @@ ENV := .venv/.installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow format clean
+.PHONY: help env demo test test-slow protos protos-baseline format clean
 
 help:
-	@echo "make demo | test | test-slow | format | clean      (PYTHON=python3.11 or newer, TORCH_INDEX=URL)"
+	@echo "make demo | test | test-slow | protos | format | clean      (PYTHON=python3.11 or newer, TORCH_INDEX=URL)"
 
 env: $(ENV)
 
@@ -37,6 +38,15 @@ test: env
 
 test-slow: env
 	$(BIN)/pytest -m slow
+
+protos: env
+	cd protos && ../$(BIN)/buf format -w && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against v1.binpb
+	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. \
+	    --mypy_grpc_out=quiet:. protos/trackstar/v1/*.proto
+
+# What clients already rely on; renew it with a release, never to silence `buf breaking`.
+protos-baseline: env
+	cd protos && ../$(BIN)/buf build -o v1.binpb
 
 format: env
 	$(BIN)/ruff check --fix .
