@@ -15,9 +15,16 @@ class TrackstarError(Exception):
 
 
 class InvalidRequest(TrackstarError):
-    """The caller asked for something that cannot be done as asked: a bad record, an empty target, an unknown key."""
+    """The caller asked for something that cannot be done as asked: a bad record, an empty target, an unknown key.
+
+    `field` is the dotted name of the request's field that is at fault, where a service knows it.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class NotFound(TrackstarError):
@@ -60,3 +67,21 @@ class StorageFull(TrackstarError):
     """The disk is full; what was committed before stays valid."""
 
     exit_code = 9
+
+
+class DeadlineExceeded(TrackstarError):
+    """The time the caller gave was not enough; the same request with more time can succeed."""
+
+    exit_code = 10
+
+
+class Unauthenticated(TrackstarError):
+    """The caller did not say who it is, or not in a way that is accepted."""
+
+    exit_code = 11
+
+
+class PermissionDenied(TrackstarError):
+    """The caller is known and may not do this."""
+
+    exit_code = 12

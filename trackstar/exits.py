@@ -1,7 +1,8 @@
 """How a command line ends: every error a user can cause becomes one sentence and an exit code, without a traceback.
 
     0 done   1 other   2 wrong request or usage   3 not found   4 not ready   5 overloaded   6 corrupt   7 incompatible
-    8 unsupported model   9 disk full   70 a defect of this program   130 interrupted
+    8 unsupported model   9 disk full   10 too little time   11 unauthenticated   12 not permitted
+    70 a defect of this program   130 interrupted
 
 Contract: `run` never raises what a command raised, except `SystemExit`. With `debug.wanted` the traceback comes first.
 """
