@@ -1,0 +1,133 @@
+"""Exact scores: what the coarse search proposes is read from the rows and ranked; or every row is.
+
+    score(m, q) = <dual_q, g_m> / |W g_m|        dual_q = R^-1 g_q / |W g_q|,  W = R^(-1/2),  g un-whitened rows
+
+One dot product with a row as it is stored, times a norm that was computed with the generation. A row of norm zero (a
+passage without any target) scores zero. Ties go to the smaller id. It reads rows and knows no model.
+
+Legend: N passages, Q queries, d coordinates of a row, b blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trackstar.generation import Generation
+from trackstar.rows import RowStore
+
+# Below this share of a shard's rows, reading them one by one moves fewer bytes than reading the shard.
+_SPARSE = 1 / 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranking:
+    """Passages in order: int64 ids [k] and float32 scores [k], best first."""
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    @staticmethod
+    def empty() -> Ranking:
+        """No passages."""
+        return Ranking(ids=np.empty(0, np.int64), scores=np.empty(0, np.float32))
+
+    def merge(self, other: Ranking, *, sign: float, k: int) -> Ranking:
+        """The best k of both."""
+        return best(np.concatenate([self.ids, other.ids]), np.concatenate([self.scores, other.scores]), sign=sign, k=k)
+
+
+def best(ids: NDArray[np.int64], scores: NDArray[np.float32], *, sign: float, k: int) -> Ranking:
+    """The k highest (sign > 0) or lowest scores in order; ties go to the smaller id."""
+    order = np.lexsort((ids, -sign * scores))[:k]
+    return Ranking(ids=ids[order], scores=scores[order])
+
+
+class Reranker:
+    """Scores passages of one generation exactly; safe to use from several threads."""
+
+    def __init__(self, rows: RowStore, generation: Generation) -> None:
+        self.rows = rows
+        self.generation = generation
+        self._background_ND = generation.background_rows_ND.float()
+        self._background_norms_N = generation.norms_N[generation.background_ids]
+        # Scans check no single rows as reranking does, so the first one compares every shard with its digest.
+        self._verified: set[int] = set()
+
+    def rerank(self, dual_d: Tensor, ids: NDArray[np.int64], *, sign: float, k: int) -> Ranking:
+        """The best k of the candidates `ids` (by lowest score if `sign` is negative).
+
+        Raises:
+            NotFound: an id is out of range.
+            CorruptArtifact: a row is not what was written.
+        """
+        ids = np.sort(ids)
+        scores_QN = self._scores(self.rows.read(ids), ids, dual_d[None])
+        return best(ids, scores_QN[0], sign=sign, k=k)
+
+    def scan(
+        self, dual_Qd: Tensor, *, signs: Sequence[float], k: int, mask_N: NDArray[np.bool_] | None = None
+    ) -> list[list[Ranking]]:
+        """The best k of all passages, shard by shard, per query and sign.
+
+        Args:
+            dual_Qd: float32 [Q, d].
+            signs: the ends wanted, each 1.0 or -1.0.
+            k: passages per ranking.
+            mask_N: which passages count; all if None.
+
+        Raises:
+            CorruptArtifact: a row or shard is not what was written.
+        """
+        found = [[Ranking.empty() for _ in signs] for _ in dual_Qd]
+        for receipt in self.rows.receipts:
+            first = receipt.shard * self.rows.shard_passages
+            ids = np.arange(first, first + receipt.num_passages, dtype=np.int64)
+            if mask_N is not None:
+                ids = ids[mask_N[first : first + receipt.num_passages]]
+            if not len(ids):
+                continue
+            scores_QN = self._scores(self._shard_rows(receipt.shard, ids), ids, dual_Qd)
+            for rankings, scores_N in zip(found, scores_QN, strict=True):
+                for end, sign in enumerate(signs):
+                    rankings[end] = rankings[end].merge(best(ids, scores_N, sign=sign, k=k), sign=sign, k=k)
+        return found
+
+    def background(self, dual_d: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation of the query's scores on the background sample."""
+        scores_N = _divided((dual_d[None] @ self._background_ND.mT).numpy(), self._background_norms_N)[0]
+        std = float(scores_N.std(ddof=1, dtype=np.float64)) if len(scores_N) > 1 else 0.0
+        return float(scores_N.mean(dtype=np.float64)), std
+
+    def block_shares(self, dual_d: Tensor, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How much every block adds to each passage's score, [N, b]; the shares of a passage sum to its score."""
+        layout = self.generation.layout
+        products_Nd = self.rows.read(ids).double() * dual_d.double()
+        shares_Nb = torch.stack([part.sum(1) for part in layout.split(products_Nd)], dim=1).numpy()
+        norms_N = self.generation.norms_N[ids].astype(np.float64)
+        shares: NDArray[np.float64] = shares_Nb / np.where(norms_N > 0, norms_N, np.inf)[:, None]
+        return shares
+
+    def _shard_rows(self, shard: int, ids: NDArray[np.int64]) -> Tensor:
+        count = self.rows.receipts[shard].num_passages
+        if len(ids) < _SPARSE * count:
+            return self.rows.read(ids)
+        rows_ND = self.rows.shard(shard, verify=shard not in self._verified)
+        self._verified.add(shard)
+        chosen = rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - shard * self.rows.shard_passages)]
+        return chosen.float()
+
+    def _scores(self, rows_Nd: Tensor, ids: NDArray[np.int64], dual_Qd: Tensor) -> NDArray[np.float32]:
+        """Exact scores [Q, N] of the passages `ids` with rows float32 [N, d]."""
+        return _divided((dual_Qd @ rows_Nd.mT).numpy(), self.generation.norms_N[ids])
+
+
+def _divided(products_QN: NDArray[np.float32], norms_N: NDArray[np.float32]) -> NDArray[np.float32]:
+    safe_N = np.where(norms_N > 0, norms_N, np.float32(np.inf))
+    scores: NDArray[np.float32] = np.divide(products_QN, safe_N, dtype=np.float32)
+    return scores
