@@ -29,7 +29,8 @@ from trackstar.build import Silent, build_index, make_config
 from trackstar.encode import Encoder
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, autocorrelation, mix
 from trackstar.index import Index
-from trackstar.queries import Query, read_queries, tokenize
+from trackstar.queries import read_queries, tokenize
+from trackstar.results import Query
 from trackstar.rows import RowStore
 
 Scores = NDArray[np.float32]

@@ -29,7 +29,7 @@ from trackstar.exits import Debug, run
 from trackstar.progress import StepProgress
 
 if TYPE_CHECKING:
-    from trackstar.queries import Query
+    from trackstar.results import Query
     from trackstar.tracer import Tracer
 
 app = typer.Typer(
@@ -108,7 +108,8 @@ def trace(
     if k < 1 or candidates < k:
         raise InvalidRequest(f"--k must be at least 1 and --candidates at least --k; they are {k} and {candidates}")
     from trackstar.index import Index
-    from trackstar.queries import Query, read_queries
+    from trackstar.queries import read_queries
+    from trackstar.results import Query
     from trackstar.tracer import Tracer
 
     quieten()

@@ -22,7 +22,7 @@ from rich.text import Text
 from trackstar.shading import Mark, excerpt, mark_words
 
 if TYPE_CHECKING:
-    from trackstar.tracer import Influence, Trace
+    from trackstar.results import Influence, Trace
 
 CARRIES = "bold green"
 AGAINST = "dim strike"

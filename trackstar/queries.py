@@ -8,11 +8,8 @@ id is `query_id`, `example_id`, `fact_id` or the line number. All fields are kep
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,19 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, NotFound
 from trackstar.passages import begin_token
+from trackstar.results import Query
 
 _FIELDS = (("prompt", "target"), ("inputs_plaintext", "targets_plaintext"), ("prompt0", "entity1"))
 _IDS = ("query_id", "example_id", "fact_id")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
-    """What the model was given and what it said."""
-
-    query_id: str
-    prompt: str
-    target: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_queries(

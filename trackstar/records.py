@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trackstar.passages import Passage
-    from trackstar.tracer import Evidence, Influence, Trace
+    from trackstar.results import Evidence, Influence, Trace
 
 # Fields of the release's query and fact records that stay true whoever traces the query.
 _CARRIED = (

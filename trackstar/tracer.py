@@ -11,76 +11,25 @@ alone, so each comes with a z-score against the same query's scores on a random 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from trackstar.codes import encode_codes, negate
+from trackstar.codes import negate
+from trackstar.dual import Dual, make_code, make_duals
 from trackstar.encode import Encoder, Example
 from trackstar.errors import InvalidRequest
+from trackstar.evidence import make_evidence, overlap, words_of
 from trackstar.generation import Generation
 from trackstar.index import Index
 from trackstar.model import LoadedModel
 from trackstar.passages import Passage
-from trackstar.queries import Query, tokenize
-
-_WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """Where a score comes from. Both lists sum to the score, up to the rounding of the stored row.
-
-    `tokens`: (text, contribution) of every token, in order; `blocks`: (block name, contribution). `overlap` is the
-    share of the query's distinct words that occur in the passage, from 0 to 1.
-    """
-
-    tokens: tuple[tuple[str, float], ...]
-    blocks: tuple[tuple[str, float], ...]
-    overlap: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Influence:
-    """One passage in a ranking; `score` is the cosine of the two whitened rows, `z_score` its place in the
-    background."""
-
-    rank: int
-    passage: Passage
-    score: float
-    z_score: float
-    evidence: Evidence | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """The answer to one query. `loss` is the summed loss of the target in nats, `seconds` the time by stage."""
-
-    query: Query
-    proponents: tuple[Influence, ...]
-    opponents: tuple[Influence, ...]
-    loss: float
-    background_mean: float
-    background_std: float
-    generation: str
-    exact: bool
-    examined: int
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoded:
-    """A query ready to be compared: `unit_d` = W g / |W g| for codes, `dual_d` = R^-1 g / |W g| for rows."""
-
-    unit_d: Tensor
-    dual_d: Tensor
-    loss: float
+from trackstar.queries import tokenize
+from trackstar.reranker import Ranking, Reranker
+from trackstar.results import Evidence, Influence, Query, Trace
 
 
 class Tracer:
@@ -92,10 +41,7 @@ class Tracer:
         self.rows = index.rows()
         self.generation: Generation = index.generation(generation, rows=self.rows)
         self.encoder: Encoder = index.encoder(loaded)
-        # Scans check no single rows as reranking does, so the first one compares every shard with its digest.
-        self._verified = False
-        self._background_ND = self.generation.background_rows_ND.float()
-        self._background_norms_N = torch.from_numpy(self.generation.norms_N[self.generation.background_ids])
+        self.reranker = Reranker(self.rows, self.generation)
 
     @classmethod
     def open(cls, path: str, *, model: str | None = None, generation: str | None = None, device: str = "cpu") -> Tracer:
@@ -164,21 +110,24 @@ class Tracer:
                 exact or len(encoded) * len(signs) * min(candidates, self.rows.num_passages) >= self.rows.num_passages
             )
             if scan:
-                rankings = self._scan(encoded, signs, k)
+                rankings = self.reranker.scan(torch.stack([query.dual_d for query in encoded]), signs=signs, k=k)
                 clock.lap("scan")
                 examined = self.rows.num_passages
             else:
                 proposed = self._search(encoded, signs, candidates)
                 clock.lap("search")
                 rankings = [
-                    [self._rerank(query, ids, sign, k) for ids, sign in zip(ends, signs, strict=True)]
+                    [
+                        self.reranker.rerank(query.dual_d, ids, sign=sign, k=k)
+                        for ids, sign in zip(ends, signs, strict=True)
+                    ]
                     for query, ends in zip(encoded, proposed, strict=True)
                 ]
                 clock.lap("rerank")
                 examined = len(signs) * min(candidates, self.rows.num_passages)
             for query, item, ends in zip(queries[part], encoded, rankings, strict=True):
-                mean, std = self._background(item)
-                found = [self._influences(query, item, ids, scores, mean, std, evidence) for ids, scores in ends]
+                mean, std = self.reranker.background(item.dual_d)
+                found = [self._influences(query, item, ranking, mean, std, evidence) for ranking in ends]
                 clock.lap("evidence")
                 yield Trace(
                     query=query,
@@ -214,79 +163,28 @@ class Tracer:
         facts = self.index.facts
         return tokenize(query, self.loaded.tokenizer, add_bos=facts["add_bos"], max_tokens=self.loaded.max_tokens)
 
-    def _encode(self, examples: Sequence[Example]) -> list[_Encoded]:
+    def _encode(self, examples: Sequence[Example]) -> list[Dual]:
         encoded = self.encoder.encode(examples)
-        whitened_QD = self.generation.whitener.apply(encoded.rows_ND.cpu())
-        dual_QD = self.generation.whitener.apply(whitened_QD)
-        norms_Q = whitened_QD.norm(dim=1)
-        if not bool((norms_Q > 0).all()):
-            raise InvalidRequest("the query's gradient is zero: the model is already certain of the target")
-        return [
-            _Encoded(unit_d=unit, dual_d=dual, loss=float(loss))
-            for unit, dual, loss in zip(
-                whitened_QD / norms_Q[:, None], dual_QD / norms_Q[:, None], encoded.loss_N, strict=True
-            )
-        ]
+        duals: list[Dual] = []
+        for dual in make_duals(self.generation.whitener, encoded.rows_ND, encoded.loss_N):
+            if isinstance(dual, InvalidRequest):
+                raise dual
+            duals.append(dual)
+        return duals
 
-    def _search(self, encoded: Sequence[_Encoded], signs: Sequence[float], limit: int) -> list[list[NDArray[np.int64]]]:
+    def _search(self, duals: Sequence[Dual], signs: Sequence[float], limit: int) -> list[list[NDArray[np.int64]]]:
         """Candidate ids per query and end."""
         spec = self.generation.spec
-        codes = encode_codes(spec, self.generation.rotation, torch.stack([query.unit_d for query in encoded]))
+        codes = np.concatenate([make_code(spec, self.generation.rotation, dual) for dual in duals])
         ends = [self.generation.coarse.search(codes if sign > 0 else negate(spec, codes), limit)[0] for sign in signs]
-        return [[end[query] for end in ends] for query in range(len(encoded))]
-
-    def _rerank(
-        self, query: _Encoded, ids: NDArray[np.int64], sign: float, k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The best k of the candidates by exact score (by lowest score if `sign` is negative)."""
-        ids = np.sort(ids)
-        scores = self._scores(self.rows.read(ids), self.generation.norms_N[ids], query.dual_d[None])[0]
-        return _best(ids, scores, sign, k)
-
-    def _scan(
-        self, encoded: Sequence[_Encoded], signs: Sequence[float], k: int
-    ) -> list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]]:
-        """The best k of all passages, shard by shard, per query and end."""
-        dual_QD = torch.stack([query.dual_d for query in encoded])
-        best = [[(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in signs] for _ in encoded]
-        for first, rows_ND in self.rows.batches(verify=not self._verified):
-            ids = np.arange(first, first + len(rows_ND), dtype=np.int64)
-            scores_QN = self._scores(rows_ND.float(), self.generation.norms_N[ids], dual_QD)
-            for query, ends in enumerate(best):
-                for end, sign in enumerate(signs):
-                    new_ids, new_scores = _best(ids, scores_QN[query], sign, k)
-                    old_ids, old_scores = ends[end]
-                    ends[end] = _best(
-                        np.concatenate([old_ids, new_ids]), np.concatenate([old_scores, new_scores]), sign, k
-                    )
-        self._verified = True
-        return best
-
-    @staticmethod
-    def _scores(rows_ND: Tensor, norms_N: NDArray[np.float32], dual_QD: Tensor) -> NDArray[np.float32]:
-        """Exact scores [Q, N]; a row of norm zero scores zero."""
-        norms = np.where(norms_N > 0, norms_N, np.float32(np.inf))
-        scores: NDArray[np.float32] = np.divide((dual_QD @ rows_ND.mT).numpy(), norms, dtype=np.float32)
-        return scores
-
-    def _background(self, query: _Encoded) -> tuple[float, float]:
-        found = self._scores(self._background_ND, self._background_norms_N.numpy(), query.dual_d[None])
-        std = float(found[0].std(ddof=1, dtype=np.float64)) if len(found[0]) > 1 else 0.0
-        return float(found[0].mean(dtype=np.float64)), std
+        return [[end[query] for end in ends] for query in range(len(duals))]
 
     def _influences(
-        self,
-        query: Query,
-        encoded: _Encoded,
-        ids: NDArray[np.int64],
-        scores: NDArray[np.float32],
-        mean: float,
-        std: float,
-        evidence: bool,
+        self, query: Query, dual: Dual, ranking: Ranking, mean: float, std: float, evidence: bool
     ) -> tuple[Influence, ...]:
-        passages = self.rows.passages(ids)
+        passages = self.rows.passages(ranking.ids)
         explained: Sequence[Evidence | None] = (
-            self._evidence(query, encoded, passages) if evidence else [None] * len(passages)
+            self._evidence(query, dual, passages) if evidence else [None] * len(passages)
         )
         return tuple(
             Influence(
@@ -296,37 +194,25 @@ class Tracer:
                 z_score=(float(score) - mean) / std if std > 0 else 0.0,
                 evidence=item,
             )
-            for rank, (passage, score, item) in enumerate(zip(passages, scores, explained, strict=True), start=1)
+            for rank, (passage, score, item) in enumerate(
+                zip(passages, ranking.scores, explained, strict=True), start=1
+            )
         )
 
-    def _evidence(self, query: Query, encoded: _Encoded, passages: Sequence[Passage]) -> list[Evidence]:
+    def _evidence(self, query: Query, dual: Dual, passages: Sequence[Passage]) -> list[Evidence]:
         examples = [Example(tokens=passage.tokens) for passage in passages]
-        words = {word.lower() for word in _WORD.findall(f"{query.prompt} {query.target}")}
-        found = []
-        for passage, shares in zip(passages, self.encoder.contributions(examples, encoded.dual_d), strict=True):
-            norm = float(self.generation.norms_N[passage.passage_id]) or float("inf")
-            by_token = (shares.by_token_Tb.double().sum(1) / norm).tolist()
-            by_block = ((shares.by_token_Tb.double().sum(0) + shares.unplaced_b.double()) / norm).tolist()
-            texts = [self._decode([token]) for token in passage.tokens.tolist()]
-            unplaced = float(shares.unplaced_b.double().sum()) / norm
-            tokens = list(zip(texts, by_token, strict=True)) + ([("(experts)", unplaced)] if unplaced else [])
-            here = {word.lower() for word in _WORD.findall(passage.text)}
-            found.append(
-                Evidence(
-                    tokens=tuple(tokens),
-                    blocks=tuple(zip((block.name for block in self.index.layout.blocks), by_block, strict=True)),
-                    overlap=len(words & here) / len(words) if words else 0.0,
-                )
+        words = words_of(f"{query.prompt} {query.target}")
+        return [
+            make_evidence(
+                by_token_Tb=shares.by_token_Tb.numpy(),
+                unplaced_b=shares.unplaced_b.numpy(),
+                norm=float(self.generation.norms_N[passage.passage_id]),
+                token_texts=[self._decode([token]) for token in passage.tokens.tolist()],
+                block_names=[block.name for block in self.index.layout.blocks],
+                overlap=overlap(words, passage.text),
             )
-        return found
-
-
-def _best(
-    ids: NDArray[np.int64], scores: NDArray[np.float32], sign: float, k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The k highest (sign > 0) or lowest scores in order; ties go to the smaller id."""
-    order = np.lexsort((ids, -sign * scores))[:k]
-    return ids[order], scores[order]
+            for passage, shares in zip(passages, self.encoder.contributions(examples, dual.dual_d), strict=True)
+        ]
 
 
 class _Clock:

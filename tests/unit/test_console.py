@@ -10,8 +10,7 @@ from rich.console import Console
 
 from trackstar.console import bytes_text, plain, print_trace
 from trackstar.passages import Passage
-from trackstar.queries import Query
-from trackstar.tracer import Evidence, Influence, Trace
+from trackstar.results import Evidence, Influence, Query, Trace
 
 
 def passage(text: str) -> Passage:

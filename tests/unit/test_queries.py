@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from tests import tiny
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.queries import Query, read_queries, tokenize
+from trackstar.queries import read_queries, tokenize
+from trackstar.results import Query
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from trackstar.passages import Passage
-from trackstar.queries import Query
 from trackstar.records import release_record, to_dict
-from trackstar.tracer import Evidence, Influence, Trace
+from trackstar.results import Evidence, Influence, Query, Trace
 
 
 def influence(rank: int, score: float, *, evidence: Evidence | None = None) -> Influence:
