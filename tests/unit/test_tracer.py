@@ -96,11 +96,10 @@ def float64_scores(tracer: Tracer) -> NDArray[np.float64]:
             assert isinstance(scale, SeparableScale)
             factor = scale.out.double().mT @ scale.in_.double()
             block = exact.block_of(member, layout)
-            left, right = (
-                normal_factor(seed=0, name=member.name, side=side, size=SIDE, features=range(features)).double()
-                for side, features in (("out", member.out_features), ("in", member.in_features))
-            )
-            found[layout.span(block)] += (left.mT @ (gradients[member.name] * factor) @ right).reshape(-1)
+            left = normal_factor(seed=0, name=member.name, side="out", size=SIDE, features=range(member.out_features))
+            right = normal_factor(seed=0, name=member.name, side="in", size=SIDE, features=range(member.in_features))
+            gradient = left.double().mT @ (gradients[member.name] * factor) @ right.double()
+            found[layout.span(block)] += gradient.reshape(-1)
         return found
 
     rows_ND, queries_QD = (torch.stack([row(example) for example in some]) for some in (examples, queries))
