@@ -17,53 +17,23 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from trackstar.coarse import CoarseIndex, MemoryIndex
-from trackstar.codes import CodeKind, CodeSpec, Rotation, encode_codes, padded_dim
+from trackstar.code_config import CodeConfig as CodeConfig
+from trackstar.codes import Rotation, encode_codes
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, mix
 from trackstar.milvus import MilvusLiteIndex
 from trackstar.projection import BlockLayout
 from trackstar.rows import RowStore
 from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
-
-# Twice the floats halve the noise's square and double Milvus Lite's time and memory.
-DEFAULT_PREFIX = 1024
-
-
-class CodeConfig(BaseModel):
-    """The coarse code. `store` says where it is searched: Milvus Lite holds float prefixes, memory holds both kinds.
-
-    `size` left out becomes 1,024 floats, or as many bits as the rotated vector has coordinates.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: CodeKind = "prefix"
-    size: int | None = Field(default=None, ge=8)
-    store: Literal["milvus-lite", "memory"] = "milvus-lite"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> CodeConfig:
-        if self.store == "milvus-lite" and self.kind != "prefix":
-            raise ValueError("Milvus Lite holds no bits; use the kind 'prefix' or the store 'memory'")
-        return self
-
-    def spec(self, dim: int) -> CodeSpec:
-        """The code of vectors of dimension `dim`, without where it is kept."""
-        largest = padded_dim(dim)
-        default = min(DEFAULT_PREFIX, largest) if self.kind == "prefix" else largest
-        return CodeSpec(kind=self.kind, size=self.size or default, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

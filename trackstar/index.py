@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trackstar.catalog import FORMAT as FORMAT
+from trackstar.catalog import Catalog
 from trackstar.encode import Encoder, fold_factors
-from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest
 from trackstar.generation import Generation
 from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
@@ -30,7 +32,6 @@ from trackstar.projection import Block, BlockLayout
 from trackstar.rows import RowStore
 from trackstar.storage import publish, publish_json, read_json, temporary_of
 
-FORMAT = 1
 Correction = dict[str, SeparableScale | Tensor]
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -44,17 +45,9 @@ class Index:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not (self.root / "index.json").is_file():
-            raise NotFound(
-                f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`"
-            )
-        self.facts: dict[str, Any] = read_json(self.root / "index.json")
-        found = self.facts.get("format") if isinstance(self.facts, dict) else None
-        if found != FORMAT:
-            raise Incompatible(
-                f"{str(root)!r} has format {found!r}, this version reads format {FORMAT}; build it again"
-            )
+        self.catalog = Catalog(root)
+        self.root = self.catalog.root
+        self.facts: dict[str, Any] = self.catalog.facts
 
     @property
     def layout(self) -> BlockLayout:
@@ -71,7 +64,7 @@ class Index:
 
     def generation_names(self) -> list[str]:
         """Names of the finished generations."""
-        return sorted(path.parent.name for path in (self.root / "generations").glob("*/generation.json"))
+        return self.catalog.finished()
 
     def active(self) -> str:
         """Name of the generation that answers.
@@ -79,11 +72,7 @@ class Index:
         Raises:
             NotReady: none is active yet.
         """
-        try:
-            name: str = read_json(self.root / "active.json")["generation"]
-        except NotFound as error:
-            raise NotReady(f"{str(self.root)!r} has no active generation yet; give the index command again") from error
-        return name
+        return self.catalog.active()
 
     def generation(self, name: str | None = None, *, rows: RowStore | None = None) -> Generation:
         """Open a generation, the active one by default.
@@ -91,11 +80,7 @@ class Index:
         Raises:
             NotFound: no generation of that name.
         """
-        chosen = name or self.active()
-        if chosen not in self.generation_names():
-            known = ", ".join(self.generation_names()) or "none"
-            raise NotFound(f"{str(self.root)!r} has no generation {chosen!r}; it has {known}")
-        return Generation(self.root / "generations" / chosen, rows or self.rows(), self.layout)
+        return Generation(self.catalog.home(name or self.active()), rows or self.rows(), self.layout)
 
     def load_model(
         self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False

@@ -3,6 +3,8 @@
 Accepted field names for prompt and target, the first pair that is present: `prompt`/`target`,
 `inputs_plaintext`/`targets_plaintext` (the release's records), `prompt0`/`entity1` (the release's facts). The query's
 id is `query_id`, `example_id`, `fact_id` or the line number. All fields are kept, so that answers can repeat them.
+
+Reading needs neither torch nor transformers; `tokenize` needs both.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from __future__ import annotations
 import json
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, NotFound
 from trackstar.passages import begin_token
 from trackstar.results import Query
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trackstar.encode import Example
 
 _FIELDS = (("prompt", "target"), ("inputs_plaintext", "targets_plaintext"), ("prompt0", "entity1"))
 _IDS = ("query_id", "example_id", "fact_id")
@@ -86,6 +92,8 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
         InvalidRequest: the target is empty or tokenises to nothing, has nothing before it to be predicted from, or both
             together exceed the model's window.
     """
+    from trackstar.encode import Example
+
     if not query.target.strip():
         raise InvalidRequest(f"query {query.query_id!r}: the target is empty; say which words are to be explained")
     joined = query.prompt == "" or query.prompt[-1].isspace() or query.target[0].isspace()

@@ -1,0 +1,178 @@
+"""What an index folder offers: its generations, and the one that answers.
+
+Reads index.json, generations/*/generation.json and active.json, and writes active.json alone; rows, codes and weights
+are for others. It needs no torch. Nothing is remembered between calls but index.json, which never changes, so every
+answer is as new as the folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from trackstar.code_config import CodeConfig
+from trackstar.codes import CodeSpec
+from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
+from trackstar.storage import digest_of, publish_json, read_json
+
+FORMAT = 1
+State = Literal["building", "ready", "active"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFacts:
+    """One generation.
+
+    checkpoint_digest: of the model. config_digest: of everything else that decides the scores: corpus, projection,
+    correction, rows, mix and code. num_passages: N. dim: d of the rows. mix: "train", "task" or "none"; weight: the
+    task's share; damping: relative to the mean eigenvalue. store: where codes are searched. Of a generation that is
+    still being built only name, state, checkpoint_digest and dim are known; the rest is empty or 0, `spec` None.
+    """
+
+    name: str
+    state: State
+    checkpoint_digest: str
+    config_digest: str
+    num_passages: int
+    dim: int
+    mix: str
+    weight: float
+    damping: float
+    spec: CodeSpec | None
+    store: str
+
+
+class Catalog:
+    """Generations of an index folder.
+
+    Raises:
+        NotFound: the folder holds no index.
+        Incompatible: it was written in another format.
+        CorruptArtifact: index.json cannot be read.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not (self.root / "index.json").is_file():
+            raise NotFound(
+                f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`"
+            )
+        self.facts: dict[str, Any] = read_json(self.root / "index.json")
+        found = self.facts.get("format") if isinstance(self.facts, dict) else None
+        if found != FORMAT:
+            raise Incompatible(
+                f"{str(root)!r} has format {found!r}, this version reads format {FORMAT}; build it again"
+            )
+
+    def finished(self) -> list[str]:
+        """Names of the finished generations, sorted."""
+        return sorted(path.parent.name for path in self._generations.glob("*/generation.json"))
+
+    def names(self) -> list[str]:
+        """Names of all generations, sorted; those that are being built too."""
+        return sorted(path.name for path in self._generations.glob("*") if path.is_dir())
+
+    def home(self, name: str) -> Path:
+        """Folder of a finished generation.
+
+        Raises:
+            NotFound: no finished generation of that name.
+        """
+        known = self.finished()
+        if name not in known:
+            raise NotFound(f"{str(self.root)!r} has no generation {name!r}; it has {', '.join(known) or 'none'}")
+        return self._generations / name
+
+    def describe(self, name: str) -> GenerationFacts:
+        """What is known of a generation.
+
+        Raises:
+            NotFound: no generation of that name.
+            CorruptArtifact: its file cannot be read.
+        """
+        if name not in self.finished() and name in self.names():
+            return self._unfinished(name)
+        path = self.home(name) / "generation.json"
+        content = read_json(path)
+        try:
+            code = CodeConfig(**content["code"])
+            return GenerationFacts(
+                name=name,
+                state="active" if name == self.pointer() else "ready",
+                checkpoint_digest=self.facts["model"]["digest"],
+                config_digest=self._config_digest(content),
+                num_passages=self._num_passages(),
+                dim=self.facts["dim"],
+                mix=content["mix"]["kind"],
+                weight=content["weight"],
+                damping=content["mix"]["damping"],
+                spec=code.spec(self.facts["dim"]),
+                store=code.store,
+            )
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CorruptArtifact(f"{str(path)!r} is not what was written; give the index command again") from error
+
+    def pointer(self) -> str | None:
+        """Name in active.json; None while there is no such file."""
+        try:
+            content = read_json(self.root / "active.json")
+        except NotFound:
+            return None
+        name = content.get("generation") if isinstance(content, dict) else None
+        if not isinstance(name, str):
+            raise CorruptArtifact(f"{str(self.root / 'active.json')!r} names no generation; activate one again")
+        return name
+
+    def active(self) -> str:
+        """Name of the generation that answers.
+
+        Raises:
+            NotReady: none is active yet.
+        """
+        name = self.pointer()
+        if name is None:
+            raise NotReady(f"{str(self.root)!r} has no active generation yet; give the index command again")
+        return name
+
+    def activate(self, name: str) -> None:
+        """Make a finished generation the one that answers; readers see either the old one or the new.
+
+        Raises:
+            NotFound: no generation of that name.
+            NotReady: it is still being built.
+        """
+        if name in self.names() and name not in self.finished():
+            raise NotReady(f"generation {name!r} is still being built; give the index command again to finish it")
+        self.home(name)
+        publish_json(self.root / "active.json", {"generation": name})
+
+    @property
+    def _generations(self) -> Path:
+        return self.root / "generations"
+
+    def _num_passages(self) -> int:
+        count: int = read_json(self.root / "rows" / "complete.json")["num_passages"]
+        return count
+
+    def _config_digest(self, content: dict[str, Any]) -> str:
+        # Where things lay when it was built decides nothing.
+        index = {key: value for key, value in self.facts.items() if key not in ("model", "corpus", "max_batch_tokens")}
+        return digest_of({"index": index, "corpus": self.facts["corpus"]["fingerprint"], "generation": content})
+
+    def _unfinished(self, name: str) -> GenerationFacts:
+        return GenerationFacts(
+            name=name,
+            state="building",
+            checkpoint_digest=self.facts["model"]["digest"],
+            config_digest="",
+            num_passages=0,
+            dim=self.facts["dim"],
+            mix="",
+            weight=0.0,
+            damping=0.0,
+            spec=None,
+            store="",
+        )
