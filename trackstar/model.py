@@ -162,6 +162,21 @@ def load_model(
     )
 
 
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a checkpoint and the model's window in tokens, without its weights.
+
+    Raises:
+        NotFound: no tokenizer in the folder.
+        InvalidRequest: the folder needs remote code, or its configuration cannot be read.
+    """
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **arguments)
+    except (ValueError, OSError, KeyError) as error:
+        raise InvalidRequest(f"the configuration in {str(path)!r} cannot be read: {error}") from error
+    return _load_tokenizer(Path(path), arguments), _max_tokens(config.get_text_config())
+
+
 def _load_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
     problem = f"{str(folder)!r} holds no usable tokenizer; save it beside the model with save_pretrained"
     try:
