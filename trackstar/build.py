@@ -401,8 +401,8 @@ def _drop_altered(folder: Path, progress: Progress) -> None:
     for path in sorted(folder.glob("[0-9]*.json")):
         try:
             RowStore.verify_files(path, read_json(path))
-        except (CorruptArtifact, NotFound) as error:
-            progress.note(f"building shard {int(path.stem)} again: {error}")
+        except CorruptArtifact:
+            progress.note(f"building shard {int(path.stem)} again, its files are not what was written")
             path.unlink()
 
 

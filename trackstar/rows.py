@@ -278,8 +278,7 @@ class RowStore:
             receipt: its content.
 
         Raises:
-            CorruptArtifact: they differ, or it is not a receipt.
-            NotFound: one of them is missing.
+            CorruptArtifact: they differ, one is missing, or it is not a receipt.
         """
         for suffix, key in ((".safetensors", "rows_digest"), (".parquet", "sidecar_digest")):
             try:
@@ -287,7 +286,10 @@ class RowStore:
             except (KeyError, TypeError) as error:
                 raise _not_a_receipt(path) from error
             file = path.with_suffix(suffix)
-            found = file_digest(file)
+            try:
+                found = file_digest(file)
+            except NotFound as error:
+                raise _corrupt(file, "the file is missing") from error
             if found != expected:
                 raise _corrupt(file, f"its digest is {found[:12]}, its receipt says {expected[:12]}")
 
@@ -391,6 +393,6 @@ class RowStore:
 
 def _corrupt(path: Path, what: str) -> CorruptArtifact:
     return CorruptArtifact(
-        f"{str(path)!r} is not what was written: {what}; delete {path.with_suffix('.json').name} and give the index "
-        "command again to build this shard anew"
+        f"{str(path)!r} is not what was written: {what}; give the index command again with --verify to build this "
+        "shard anew"
     )

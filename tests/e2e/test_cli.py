@@ -504,6 +504,7 @@ def test_a_truncated_shard_is_named_and_built_anew(world: World, run: Callable[.
     found = run("trace", "--index", out, "--prompt", "Line", "--target", "1")
     assert found.code == 6
     assert "000003.safetensors" in found.sentence
+    assert "--verify" in found.sentence
     mended = run(*world.command(out, "--verify"))
     assert mended.code == 0, mended.err
     assert "shard 3" in mended.err

@@ -29,6 +29,7 @@ PER_SHARD = 300  # more than one row group of the sidecar
 COUNTS = (PER_SHARD, PER_SHARD, 17)
 TOTAL = sum(COUNTS)
 AGAIN = "give the index command again"
+MEND = f"{AGAIN} with --verify"
 
 
 def passage(passage_id: int) -> Passage:
@@ -286,7 +287,7 @@ def test_one_flipped_bit_is_found_on_read(row: int, bit: int, folder: Path) -> N
     flip(path, start + row * DIM * 4 + 13, bit)
     store = RowStore(folder)
     damaged = PER_SHARD + row
-    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*row {row} \(passage {damaged}\).*{AGAIN}"):
+    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*row {row} \(passage {damaged}\).*{MEND}"):
         store.read([3, damaged])
     others = [passage_id for passage_id in range(TOTAL) if passage_id != damaged]
     assert torch.equal(store.read(others), gradients()[others])
@@ -307,7 +308,7 @@ def test_every_flipped_bit_of_the_sidecar_is_found_by_verify_and_harmless_to_rea
     for offset in range(0, len(whole), 19):
         flip(path, offset, offset % 8)
         store = RowStore(folder)
-        with pytest.raises(CorruptArtifact, match=rf"000002\.parquet.*{AGAIN}"):
+        with pytest.raises(CorruptArtifact, match=rf"000002\.parquet.*{MEND}"):
             store.verify(2)
         try:
             found = store.passages(range(600, 617))
@@ -323,7 +324,7 @@ def test_every_flipped_bit_of_the_sidecar_is_found_by_verify_and_harmless_to_rea
 def test_truncated_rows_are_found_on_opening(cut: int, folder: Path) -> None:
     path = folder / "000000.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(CorruptArtifact, match=rf"000000\.safetensors.*bytes, .* expected.*{AGAIN}"):
+    with pytest.raises(CorruptArtifact, match=rf"000000\.safetensors.*bytes, .* expected.*{MEND}"):
         RowStore(folder)
 
 
@@ -352,13 +353,13 @@ def test_rows_truncated_while_open_are_found_on_reading(folder: Path) -> None:
 def test_unreadable_headers_are_corrupt(name: str, damage: Callable[[bytes], bytes], folder: Path) -> None:
     path = folder / "000001.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*header is unreadable.*{AGAIN}"):
+    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*header is unreadable.*{MEND}"):
         RowStore(folder)
 
 
 def test_missing_rows_are_found_on_opening(folder: Path) -> None:
     (folder / "000001.safetensors").unlink()
-    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*missing.*{AGAIN}"):
+    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*missing.*{MEND}"):
         RowStore(folder)
 
 
@@ -366,7 +367,7 @@ def test_a_missing_sidecar_is_found_on_use(folder: Path) -> None:
     (folder / "000001.parquet").unlink()
     store = RowStore(folder)
     for action in (lambda: store.read([300]), lambda: store.passages([300]), lambda: store.column("loss")):
-        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*missing.*{AGAIN}"):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*missing.*{MEND}"):
             action()
     assert len(store.passages([0])) == 1
 
@@ -377,7 +378,7 @@ def test_a_truncated_sidecar_is_found_on_use(length: int, folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:length])
     store = RowStore(folder)
     for action in (lambda: store.read([300]), lambda: store.passages([300]), lambda: store.column("loss")):
-        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*unreadable.*{AGAIN}"):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*unreadable.*{MEND}"):
             action()
 
 
@@ -385,7 +386,7 @@ def test_a_sidecar_of_other_columns_is_found_on_use(folder: Path) -> None:
     path = folder / "000001.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["source"]), path)
     for action in (RowStore(folder).read, RowStore(folder).passages):
-        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*other columns.*{AGAIN}"):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*other columns.*{MEND}"):
             action([300])
 
 
@@ -420,7 +421,7 @@ def test_verify_files_needs_no_finished_rows(folder: Path) -> None:
     with pytest.raises(CorruptArtifact, match=r"000001\.parquet.*digest.*its receipt says"):
         RowStore.verify_files(path, receipt)
     (folder / "000001.safetensors").unlink()
-    with pytest.raises(NotFound, match=r"000001\.safetensors"):
+    with pytest.raises(CorruptArtifact, match=rf"000001\.safetensors.*missing.*{MEND}"):
         RowStore.verify_files(path, receipt)
 
 
