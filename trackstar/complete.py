@@ -1,0 +1,54 @@
+"""Greedy completion: what the model itself says after a prompt.
+
+Only plain forward passes without gradients, so hooks of `capture` stay silent and every rank of a sharded model may run
+it. Ties in the logits go to the smaller token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """Tokens int32 [T], the stop token not among them, and the summed log-probability of these tokens in nats."""
+
+    tokens: NDArray[np.int32]
+    log_probability: float
+
+
+def complete(
+    model: PreTrainedModel, prompt: NDArray[np.int32], *, max_new_tokens: int, stop_tokens: Collection[int] = ()
+) -> Completion:
+    """The most likely token, again and again, each computed from the keys and values of those before it.
+
+    Args:
+        model: a causal language model.
+        prompt: int32 [T], at least one token.
+        max_new_tokens: longest completion; the prompt and it must fit the model's window.
+        stop_tokens: tokens that end it.
+    """
+    device = model.device
+    following = torch.from_numpy(prompt.astype(np.int64)).to(device)[None]
+    found: list[int] = []
+    log_probability = 0.0
+    cache: Any = None
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            outputs = model(input_ids=following, past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            log_probabilities_V = outputs.logits[0, -1].double().log_softmax(-1)
+            token = int(log_probabilities_V.argmax())
+            if token in stop_tokens:
+                break
+            found.append(token)
+            log_probability += float(log_probabilities_V[token])
+            following = torch.tensor([[token]], device=device)
+    return Completion(tokens=np.array(found, dtype=np.int32), log_probability=log_probability)
