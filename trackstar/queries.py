@@ -10,6 +10,8 @@ Reading needs neither torch nor transformers; `tokenize` needs both.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +83,18 @@ def _parse(line: bytes, place: str, number: int, prompt_field: str | None, targe
     return Query(query_id=query_id, prompt=record[prompt_name], target=record[target_name], fields=record)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SpanExample:
+    """A span of a completion as the model reads it, and where it lies once it is snapped to whole tokens.
+
+    `start` and `end` count Unicode code points of the completion; `end` is exclusive.
+    """
+
+    example: Example
+    start: int
+    end: int
+
+
 def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool, max_tokens: int) -> Example:
     """Tokens of prompt and target, with the loss on the target only.
 
@@ -92,29 +106,102 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
         InvalidRequest: the target is empty or tokenises to nothing, has nothing before it to be predicted from, or both
             together exceed the model's window.
     """
-    from trackstar.encode import Example
-
     if not query.target.strip():
         raise InvalidRequest(f"query {query.query_id!r}: the target is empty; say which words are to be explained")
-    joined = query.prompt == "" or query.prompt[-1].isspace() or query.target[0].isspace()
-    text = query.prompt + ("" if joined else " ") + query.target
+    text = query.prompt + _joint(query.prompt, query.target) + query.target
     prompt_ids, ids = (
         tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (query.prompt, text)
     )
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
-    bos = begin_token(tokenizer) if add_bos else None
-    prefix = ([] if bos is None else [bos]) + list(ids[:shared])
-    target_ids = list(ids[shared:])
-    if not target_ids:
+    if shared == len(ids):
         raise InvalidRequest(f"query {query.query_id!r}: the target {query.target!r} tokenises to nothing")
-    if not prefix:
+    return _example(ids, shared, query.query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens)
+
+
+def tokenize_span(
+    prompt: str,
+    completion: str,
+    start: int,
+    end: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_bos: bool,
+    max_tokens: int,
+    query_id: str = "query",
+) -> SpanExample:
+    """Tokens of prompt and completion up to the end of a span, with the loss on the tokens that overlap the span.
+
+    Prompt and completion are joined and tokenised as by `tokenize`. What follows the span is cut off: a causal model's
+    loss on the span does not depend on it.
+
+    Args:
+        prompt: what the model was given.
+        completion: what it said.
+        start: where the span starts in the completion, in code points.
+        end: where it ends, exclusive.
+        tokenizer: a fast one, which knows where its tokens lie.
+        add_bos: whether a BOS token leads.
+        max_tokens: the model's window.
+        query_id: names the query in errors.
+
+    Raises:
+        InvalidRequest: the span is empty, blank or not within the completion, or as `tokenize`.
+    """
+    if not 0 <= start < end <= len(completion):
         raise InvalidRequest(
-            f"query {query.query_id!r}: nothing precedes the target, so it cannot be predicted; give a prompt"
+            f"query {query_id!r}: the span {start} to {end} is not within the {len(completion)} characters",
+            field="query.span",
         )
-    num_tokens = len(prefix) + len(target_ids)
+    if not completion[start:end].strip():
+        raise InvalidRequest(f"query {query_id!r}: the span holds no words", field="query.span")
+    if not tokenizer.is_fast:
+        raise InvalidRequest(
+            f"query {query_id!r}: this tokenizer does not tell where its tokens lie; give a target instead of a span",
+            field="query.span",
+        )
+    joint = _joint(prompt, completion)
+    base = len(prompt) + len(joint)
+    encoding = tokenizer(
+        prompt + joint + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    chosen = [token for token, (first, last) in enumerate(offsets) if first < base + end and last > base + start]
+    if not chosen:
+        raise InvalidRequest(f"query {query_id!r}: the span tokenises to nothing", field="query.span")
+    first, last = chosen[0], chosen[-1]
+    return SpanExample(
+        example=_example(ids[: last + 1], first, query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens),
+        start=max(0, offsets[first][0] - base),
+        end=max(offset[1] for offset in offsets[first : last + 1]) - base,
+    )
+
+
+def _joint(prompt: str, continuation: str) -> str:
+    """What stands between the two: a space unless one of them brings white space."""
+    return "" if prompt == "" or prompt[-1].isspace() or continuation[0].isspace() else " "
+
+
+def _example(
+    ids: Sequence[int],
+    first_target: int,
+    query_id: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_bos: bool,
+    max_tokens: int,
+) -> Example:
+    from trackstar.encode import Example
+
+    bos = begin_token(tokenizer) if add_bos else None
+    head = [] if bos is None else [bos]
+    if not head and not first_target:
+        raise InvalidRequest(
+            f"query {query_id!r}: nothing precedes the target, so it cannot be predicted; give a prompt"
+        )
+    num_tokens = len(head) + len(ids)
     if num_tokens > max_tokens:
         raise InvalidRequest(
-            f"query {query.query_id!r}: prompt and target have {num_tokens} tokens, more than the window of "
+            f"query {query_id!r}: prompt and target have {num_tokens} tokens, more than the window of "
             f"{max_tokens}; shorten it"
         )
-    return Example(tokens=np.array(prefix + target_ids, dtype=np.int32), first_target=len(prefix))
+    return Example(tokens=np.array([*head, *ids], dtype=np.int32), first_target=len(head) + first_target)

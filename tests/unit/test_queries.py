@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from tests import tiny
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.queries import read_queries, tokenize
+from trackstar.queries import read_queries, tokenize, tokenize_span
 from trackstar.results import Query
 
 
@@ -281,3 +281,63 @@ def test_a_query_longer_than_the_window_is_refused() -> None:
         match=f"query 'q7': prompt and target have {size} tokens, more than the window of {size - 1}; shorten",
     ):
         tokenize(question, BYTES, add_bos=True, max_tokens=size - 1)
+
+
+SENTENCES = [
+    ("The capital of France is", "Paris, of course."),
+    ("", "Paris is large."),
+    ("Zürich lies", "in der Schweiz, österreichisch?"),
+    ("one ", "two three"),
+    ("emoji", "🙂 and 漢字 here"),
+]
+
+
+def covering_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level with a few merges, so that characters and words are several tokens or share one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([f"{prompt} {completion}" for prompt, completion in SENTENCES] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@pytest.mark.parametrize(("prompt", "completion"), SENTENCES)
+def test_a_whole_completion_is_a_target(prompt: str, completion: str) -> None:
+    tokenizer = covering_tokenizer()
+    found = tokenize_span(prompt, completion, 0, len(completion), tokenizer, add_bos=True, max_tokens=200)
+    query = Query(query_id="q", prompt=prompt, target=completion)
+    expected = tokenize(query, tokenizer, add_bos=True, max_tokens=200)
+    assert found.example.tokens.tolist() == expected.tokens.tolist()
+    assert found.example.first_target == expected.first_target
+    assert (found.start, found.end) == (0, len(completion))
+
+
+@pytest.mark.parametrize(("prompt", "completion"), SENTENCES)
+def test_every_span_snaps_outwards_to_tokens_and_cuts_off_what_follows(prompt: str, completion: str) -> None:
+    tokenizer = covering_tokenizer()
+    whole = tokenize_span(prompt, completion, 0, len(completion), tokenizer, add_bos=True, max_tokens=200).example
+    for start in range(len(completion)):
+        for end in range(start + 1, len(completion) + 1):
+            if not completion[start:end].strip():
+                with pytest.raises(InvalidRequest, match="no words"):
+                    tokenize_span(prompt, completion, start, end, tokenizer, add_bos=True, max_tokens=200)
+                continue
+            found = tokenize_span(prompt, completion, start, end, tokenizer, add_bos=True, max_tokens=200)
+            assert found.start <= start < end <= found.end
+            assert found.example.first_target >= whole.first_target
+            assert found.example.tokens.tolist() == whole.tokens[: len(found.example.tokens)].tolist()
+            explained = tokenizer.decode(found.example.tokens[found.example.first_target :].tolist())
+            assert completion[start:end].strip() in explained
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (3, 2), (0, 6), (5, 6)])
+def test_a_span_outside_is_refused_with_its_field(start: int, end: int) -> None:
+    with pytest.raises(InvalidRequest, match="span") as caught:
+        tokenize_span("a", "Paris", start, end, covering_tokenizer(), add_bos=True, max_tokens=20)
+    assert caught.value.field == "query.span"
