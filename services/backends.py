@@ -12,6 +12,9 @@ from typing import Protocol
 
 from trackstar.v1 import encoder_pb2, reranker_pb2
 
+# Metadata of a call to a backend elsewhere: the seconds that are left. Serve's proxy passes no deadline on.
+TIMEOUT_KEY = "trackstar-timeout-seconds"
+
 
 class EncoderBackend(Protocol):
     """Runs the model."""

@@ -165,7 +165,9 @@ def tokenize_span(
         prompt + joint + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    chosen = [token for token, (first, last) in enumerate(offsets) if first < base + end and last > base + start]
+    # The space that joins the two belongs to a span from the very beginning, as it does to a target.
+    begin = base + start if start else len(prompt)
+    chosen = [token for token, (first, last) in enumerate(offsets) if first < base + end and last > begin]
     if not chosen:
         raise InvalidRequest(f"query {query_id!r}: the span tokenises to nothing", field="query.span")
     first, last = chosen[0], chosen[-1]
