@@ -8,11 +8,11 @@ answer is as new as the folder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from trackstar.blobs import Location, local, location
 from trackstar.code_config import CodeConfig
 from trackstar.codes import CodeSpec
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
@@ -54,8 +54,8 @@ class Catalog:
         CorruptArtifact: index.json cannot be read.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Location) -> None:
+        self.root = location(root)
         if not (self.root / "index.json").is_file():
             raise NotFound(
                 f"{str(root)!r} holds no index; build one with `trackstar index CORPUS --model DIR --out {root}`"
@@ -75,7 +75,7 @@ class Catalog:
         """Names of all generations, sorted; those that are being built too."""
         return sorted(path.name for path in self._generations.glob("*") if path.is_dir())
 
-    def home(self, name: str) -> Path:
+    def home(self, name: str) -> Location:
         """Folder of a finished generation.
 
         Raises:
@@ -147,10 +147,10 @@ class Catalog:
         if name in self.names() and name not in self.finished():
             raise NotReady(f"generation {name!r} is still being built; give the index command again to finish it")
         self.home(name)
-        publish_json(self.root / "active.json", {"generation": name})
+        publish_json(local(self.root) / "active.json", {"generation": name})
 
     @property
-    def _generations(self) -> Path:
+    def _generations(self) -> Location:
         return self.root / "generations"
 
     def _num_passages(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from trackstar.blobs import local
 from trackstar.errors import CorruptArtifact, NotFound
 from trackstar.generation import CodeConfig
 from trackstar.index import Index
@@ -32,16 +33,17 @@ def describe_index(root: str | Path) -> dict[str, Any]:
         NotFound, Incompatible, CorruptArtifact: the folder holds no index, or one that cannot be read.
     """
     index = Index(root)
-    receipts = finished_shards(index.root / "rows")
-    complete = bool(_optional(index.root / "rows" / "complete.json"))
-    active = _optional(index.root / "active.json").get("generation")
+    home = local(index.root)
+    receipts = finished_shards(home / "rows")
+    complete = bool(_optional(home / "rows" / "complete.json"))
+    active = _optional(home / "active.json").get("generation")
     parts = ("rows", "statistics", "generations")
-    sizes = {part: _folder_bytes(index.root / part) for part in parts}
+    sizes = {part: _folder_bytes(home / part) for part in parts}
     return {
         **index.facts,
         "path": str(root),
         "state": "complete" if active is not None and complete else "rows" if complete else "encoding",
-        "moments": {**index.facts["moments"], "fit": _fit(index.root / "correction.safetensors")},
+        "moments": {**index.facts["moments"], "fit": _fit(home / "correction.safetensors")},
         "rows": {
             "complete": complete,
             "shards": len(receipts),
@@ -49,11 +51,11 @@ def describe_index(root: str | Path) -> dict[str, Any]:
             "tokens": sum(receipt.num_tokens for receipt in receipts),
         },
         "generations": [
-            _generation(home, active, index.layout.dim)
-            for home in sorted((index.root / "generations").glob("*"))
-            if home.is_dir()
+            _generation(folder, active, index.layout.dim)
+            for folder in sorted((home / "generations").glob("*"))
+            if folder.is_dir()
         ],
-        "bytes": {**sizes, "total": _folder_bytes(index.root)},
+        "bytes": {**sizes, "total": _folder_bytes(home)},
     }
 
 
@@ -63,13 +65,13 @@ def damaged_files(root: str | Path) -> list[str]:
     Raises:
         NotFound, Incompatible: the folder holds no index, or one of another format.
     """
-    index = Index(root)
+    index = local(Index(root).root)
     expected: dict[Path, str] = {}
-    for receipt in finished_shards(index.root / "rows"):
-        stem = index.root / "rows" / f"{receipt.shard:06d}"
+    for receipt in finished_shards(index / "rows"):
+        stem = index / "rows" / f"{receipt.shard:06d}"
         expected[stem.with_suffix(".safetensors")] = receipt.rows_digest
         expected[stem.with_suffix(".parquet")] = receipt.sidecar_digest
-    for note in sorted((index.root / "generations").glob("*/generation.json")):
+    for note in sorted((index / "generations").glob("*/generation.json")):
         expected.update({note.parent / name: digest for name, digest in read_json(note)["files"].items()})
     return [sentence for path, digest in expected.items() if (sentence := _damage(path, digest))]
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trackstar.blobs import Location, RemotePath, each, local
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.code_config import CodeConfig as CodeConfig
 from trackstar.codes import Rotation, encode_codes
@@ -34,6 +35,7 @@ from trackstar.milvus import MilvusLiteIndex
 from trackstar.projection import BlockLayout
 from trackstar.rows import RowStore
 from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
+from trackstar.tensor_files import load_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +133,12 @@ def _whitener(
     return whitener, weight
 
 
-def _load_whitener(path: Path, layout: BlockLayout) -> Whitener:
-    roots = [root for _, root in sorted(safetensors.torch.load_file(path).items())]
+def _load_whitener(path: Location, layout: BlockLayout) -> Whitener:
+    return _whitener_of(load_tensors(path), path, layout)
+
+
+def _whitener_of(tensors: dict[str, Tensor], path: Location, layout: BlockLayout) -> Whitener:
+    roots = [root for _, root in sorted(tensors.items())]
     if [len(root) for root in roots] not in ([block.dim for block in layout.blocks], [1] * len(layout.blocks)):
         raise Incompatible(
             f"{str(path)!r} whitens blocks of {[len(root) for root in roots]} dimensions, the rows have "
@@ -162,7 +168,7 @@ class Generation:
         CorruptArtifact: one of its files is not what was written.
     """
 
-    def __init__(self, home: Path, rows: RowStore, layout: BlockLayout) -> None:
+    def __init__(self, home: Location, rows: RowStore, layout: BlockLayout) -> None:
         try:
             self.facts = read_json(home / "generation.json")
         except NotFound as error:
@@ -178,15 +184,13 @@ class Generation:
         self.spec = self.code.spec(layout.dim)
         self.layout = layout
         self.rows = rows
-        for name in ("whitener.safetensors", "background.safetensors"):
-            self._check(name)
-        self.whitener = _load_whitener(home / "whitener.safetensors", layout)
+        self.whitener = _whitener_of(self._checked("whitener.safetensors"), home / "whitener.safetensors", layout)
         self.rotation = Rotation(layout.dim, self.code.seed)
-        background = safetensors.torch.load_file(home / "background.safetensors")
+        background = self._checked("background.safetensors")
         self.background_ids: NDArray[np.int64] = background["ids"].numpy()
         self.background_rows_ND: Tensor = background["rows"]
         in_memory = self.code.store == "memory"
-        shards = [self._codes_shard(receipt.shard, verify=in_memory) for receipt in rows.receipts]
+        shards = each(home, lambda receipt: self._codes_shard(receipt.shard, verify=in_memory), rows.receipts)
         self.norms_N: NDArray[np.float32] = np.concatenate([shard["norms"].numpy() for shard in shards])
         if hashlib.sha256(self.norms_N.tobytes()).hexdigest() != self.facts["norms"]:
             raise self._altered("codes")
@@ -203,7 +207,7 @@ class Generation:
         """Fill the coarse index from the codes, from the beginning unless it was finished."""
         if self.code.store == "memory" or (self.home / "coarse" / "receipt.json").is_file():
             return
-        folder = self.home / "coarse"
+        folder = local(self.home) / "coarse"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         index = MilvusLiteIndex.create(folder / "milvus.db", dim=self.layout.dim, size=self.spec.size)
@@ -234,7 +238,7 @@ class Generation:
                 if not (self.home / "coarse" / "receipt.json").is_file():
                     raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
                 opened = MilvusLiteIndex.open(
-                    self.home / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
+                    local(self.home) / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
                 )
                 if (count := opened.count()) != self.rows.num_passages:
                     opened.close()
@@ -249,14 +253,13 @@ class Generation:
     def _codes_shard(self, shard: int, *, verify: bool) -> dict[str, Tensor]:
         name = f"codes/{shard:06d}.safetensors"
         path = self.home / name
-        if not path.is_file():
+        try:
+            # What is not compared with its digest is read for the norms alone.
+            found = self._checked(name) if verify else load_tensors(path, ("norms",))
+        except (NotFound, FileNotFoundError) as error:
             raise CorruptArtifact(
                 f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again"
-            )
-        if verify:
-            self._check(name)
-        try:
-            found = safetensors.torch.load_file(path)
+            ) from error
         except SafetensorError as error:
             raise CorruptArtifact(f"{str(path)!r} is unreadable; delete {str(self.home)!r} to rebuild it") from error
         if len(found["norms"]) != self.rows.receipts[shard].num_passages:
@@ -265,9 +268,14 @@ class Generation:
             )
         return found
 
-    def _check(self, name: str) -> None:
-        if file_digest(self.home / name) != self.facts["files"][name]:
+    def _checked(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file whose digest is as it should be; from an object store its bytes are moved once."""
+        path = self.home / name
+        data = path.read_bytes() if isinstance(path, RemotePath) else None
+        found = file_digest(path) if data is None else hashlib.sha256(data).hexdigest()
+        if found != self.facts["files"][name]:
             raise self._altered(name)
+        return load_tensors(path) if data is None else safetensors.torch.load(data)
 
     def _altered(self, name: str) -> CorruptArtifact:
         return CorruptArtifact(

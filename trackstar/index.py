@@ -1,4 +1,4 @@
-"""An index on disk: what it was built from, its rows, and its generations.
+"""An index on disk or in an object store: what it was built from, its rows, and its generations.
 
     index.json                 identity: checkpoint, corpus, moments, projection, encoding; fixed by the first run
     correction.safetensors     the optimizer correction of every weight matrix, so that queries get the same one
@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trackstar.blobs import Location, RemotePath
 from trackstar.catalog import FORMAT as FORMAT
 from trackstar.catalog import Catalog
 from trackstar.encode import Encoder, fold_factors
-from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
 from trackstar.generation import Generation
 from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
@@ -37,14 +38,15 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64
 
 
 class Index:
-    """Read access to an index folder.
+    """Read access to an index: a folder, the URL of one in an object store, or what `blobs.location` made of it.
 
     Raises:
+        NotReady: the object store does not answer.
         NotFound: the folder holds no index.
         Incompatible: it was written in another format.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Location) -> None:
         self.catalog = Catalog(root)
         self.root = self.catalog.root
         self.facts: dict[str, Any] = self.catalog.facts
@@ -131,21 +133,27 @@ def save_correction(path: Path, correction: Correction) -> None:
     publish(path, safetensors.torch.save(tensors, {"errors": json.dumps(errors, sort_keys=True)}))
 
 
-def load_correction(path: Path) -> Correction:
+def load_correction(path: Location) -> Correction:
     """What `save_correction` wrote.
 
     Raises:
         CorruptArtifact: it cannot be read.
     """
     try:
-        with safe_open(path, "pt") as file:
-            errors = json.loads(file.metadata()["errors"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if isinstance(path, RemotePath):
+            data = path.read_bytes()
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            errors = json.loads(header["__metadata__"]["errors"])
+        else:
+            with safe_open(path, "pt") as file:
+                errors = json.loads(file.metadata()["errors"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         correction: Correction = {
             name: SeparableScale(out=tensors[f"{name}:out"], in_=tensors[f"{name}:in"], error=error)
             for name, error in errors.items()
         }
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, NotFound, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{str(path)!r} is unreadable; delete the index folder and build it again") from error
     for key, tensor in tensors.items():
         if key.endswith(":elementwise"):

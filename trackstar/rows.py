@@ -6,12 +6,14 @@
     rows/complete.json        totals, written when the corpus is finished
 
 `passage_id` is the global row number, so shard and offset follow by arithmetic: every shard but the last holds exactly
-`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, and
-each is checked against its CRC, pages of the sidecar against theirs; whole shards are read in order by `batches`.
+`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, or
+ranged requests where the folder lies in an object store, and each is checked against its CRC, pages of the sidecar
+against theirs; whole shards are read in order by `batches`. Writing needs a local folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -32,8 +34,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trackstar.blobs import Location, RemotePath, each
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.passages import Cursor, Passage
+from trackstar.ranges import LocalRanges, RangeReader, RemoteRanges
 from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
 
 ROW_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,6 +60,9 @@ _SCHEMA = pa.schema(
 # Small groups, so that fetching a passage decodes few others.
 _ROW_GROUP = 256
 _MAX_HEADER = 1 << 20
+_AGAIN = "give the index command again with --verify to build this shard anew"
+# Of the sidecars in an object store, the footers that are kept; those of local files are read each time.
+_KEPT_FOOTERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +121,7 @@ def write_shard(
         row_group_size=_ROW_GROUP,
         write_page_checksum=True,
     )
-    stem = _stem(folder, shard)
+    stem = folder / f"{shard:06d}"
     rows_digest = publish(stem.with_suffix(".safetensors"), safetensors.torch.save({"rows": stored_ND}))
     sidecar_digest = publish(stem.with_suffix(".parquet"), buffer.getvalue())
     receipt = Receipt(
@@ -129,23 +136,34 @@ def write_shard(
     return receipt
 
 
-def finished_shards(folder: Path) -> list[Receipt]:
+def finished_shards(folder: Location) -> list[Receipt]:
     """Receipts of the shards 0, 1, … that exist without a gap.
 
     Raises:
         CorruptArtifact: a receipt is unreadable.
     """
     receipts: list[Receipt] = []
-    while (path := _stem(folder, len(receipts)).with_suffix(".json")).is_file():
+    step = folder.store.concurrency if isinstance(folder, RemotePath) else 1
+    while True:
+        first = len(receipts)
+        paths = [_stem(folder, shard).with_suffix(".json") for shard in range(first, first + step)]
+        for receipt in each(folder, _read_receipt, paths):
+            if receipt is None:
+                return receipts
+            receipts.append(receipt)
+
+
+def _read_receipt(path: Location) -> Receipt | None:
+    try:
         content = read_json(path)
-        try:
-            receipts.append(Receipt(**{**content, "next_cursor": Cursor(*content["next_cursor"])}))
-        except (KeyError, TypeError) as error:
-            raise _not_a_receipt(path) from error
-    return receipts
+        return Receipt(**{**content, "next_cursor": Cursor(*content["next_cursor"])})
+    except NotFound:
+        return None
+    except (KeyError, TypeError) as error:
+        raise _not_a_receipt(path) from error
 
 
-def _not_a_receipt(path: Path) -> CorruptArtifact:
+def _not_a_receipt(path: Location) -> CorruptArtifact:
     return CorruptArtifact(f"{str(path)!r} is not a shard receipt; delete it to build the shard again")
 
 
@@ -170,20 +188,21 @@ def _digest(receipts: Sequence[Receipt]) -> str:
     return digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts])
 
 
-def _stem(folder: Path, shard: int) -> Path:
+def _stem(folder: Location, shard: int) -> Location:
     return folder / f"{shard:06d}"
 
 
 class RowStore:
-    """Read access to finished rows.
+    """Read access to finished rows; safe to use from several threads, but not while `close` runs.
 
     Raises:
-        NotReady: the rows are not complete.
+        NotReady: the rows are not complete, or the object store that holds them does not answer.
         CorruptArtifact: a file does not have the size, shape or type its receipt and totals say.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
+        self._ranges: RangeReader[Any] = RemoteRanges(folder.store) if isinstance(folder, RemotePath) else LocalRanges()
         try:
             totals = read_json(folder / "complete.json")
         except NotFound as error:
@@ -213,31 +232,37 @@ class RowStore:
                 "delete complete.json there and give the index command again"
             )
         self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
-        self._offsets = [self._open_header(receipt) for receipt in self.receipts]
-        self._files: dict[int, int] = {}
+        self._paths = [_stem(folder, receipt.shard).with_suffix(".safetensors") for receipt in self.receipts]
+        self._offsets = each(folder, self._open_header, self.receipts)
         self._checksums = lru_cache(maxsize=4096)(self._read_checksums)
+        self._footers = lru_cache(maxsize=_KEPT_FOOTERS)(self._read_footer)
 
     def close(self) -> None:
         """Close the open shard files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._ranges.close()
 
     def read(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """Rows [N, d] float32 of the given passages, each checked against its CRC.
 
         Raises:
             NotFound: an id is out of range.
+            NotReady: the object store does not answer.
             CorruptArtifact: a row's bytes are not those that were written.
         """
-        buffer = np.empty((len(passage_ids), self._row_bytes), dtype=np.uint8)
-        for position, passage_id in enumerate(passage_ids):
-            shard, row = self._locate(int(passage_id))
-            offset = self._offsets[shard] + row * self._row_bytes
-            view = memoryview(buffer[position])
-            if os.preadv(self._descriptor(shard), [view], offset) != self._row_bytes or (
-                zlib.crc32(view) != self._checksums(shard)[row]
-            ):
+        places = [self._locate(int(passage_id)) for passage_id in passage_ids]
+        buffer = np.empty((len(places), self._row_bytes), dtype=np.uint8)
+        views = [memoryview(row) for row in buffer]
+        shards = sorted({shard for shard, _ in places})
+        checksums = dict(zip(shards, each(self.folder, self._checksums, shards), strict=True))
+        counts = self._read_into(
+            [
+                (self._paths[shard], self._offsets[shard] + row * self._row_bytes, view)
+                for (shard, row), view in zip(places, views, strict=True)
+            ]
+        )
+        for (shard, row), view, count in zip(places, views, counts, strict=True):
+            if count != self._row_bytes or zlib.crc32(view) != checksums[shard][row]:
+                passage_id = shard * self.shard_passages + row
                 raise self._corrupt(shard, f"row {row} (passage {passage_id}) does not match its checksum")
         return torch.from_numpy(buffer.reshape(-1)).view(ROW_DTYPES[self.dtype]).view(-1, self.dim).float()
 
@@ -255,10 +280,13 @@ class RowStore:
 
     def shard(self, shard: int, *, verify: bool = False) -> Tensor:
         """All rows [n, d] of one shard in their stored type."""
-        if verify:
-            self.verify(shard)
-        count = self.receipts[shard].num_passages
-        raw = np.fromfile(self._path(shard), dtype=np.uint8, offset=self._offsets[shard])
+        path, count = self._paths[shard], self.receipts[shard].num_passages
+        if isinstance(path, RemotePath):
+            raw = self._fetch(path, shard, verify=verify)
+        else:
+            if verify:
+                self.verify(shard)
+            raw = np.fromfile(path, dtype=np.uint8, offset=self._offsets[shard])
         if raw.size != count * self._row_bytes:
             raise self._corrupt(shard, f"it holds {raw.size:,} bytes of rows, {count * self._row_bytes:,} expected")
         return torch.from_numpy(raw).view(ROW_DTYPES[self.dtype]).view(count, self.dim)
@@ -267,10 +295,10 @@ class RowStore:
         """Compare both files of a shard with the digests in its receipt; raises as `verify_files`."""
         receipt = self.receipts[shard]
         digests = {"rows_digest": receipt.rows_digest, "sidecar_digest": receipt.sidecar_digest}
-        self.verify_files(self._path(shard).with_suffix(".json"), digests)
+        self.verify_files(self._paths[shard].with_suffix(".json"), digests)
 
     @staticmethod
-    def verify_files(path: Path, receipt: Mapping[str, Any]) -> None:
+    def verify_files(path: Location, receipt: Mapping[str, Any]) -> None:
         """Compare the two files beside a shard's receipt with the digests it holds; the rows need not be complete.
 
         Args:
@@ -286,12 +314,7 @@ class RowStore:
             except (KeyError, TypeError) as error:
                 raise _not_a_receipt(path) from error
             file = path.with_suffix(suffix)
-            try:
-                found = file_digest(file)
-            except NotFound as error:
-                raise _corrupt(file, "the file is missing") from error
-            if found != expected:
-                raise _corrupt(file, f"its digest is {found[:12]}, its receipt says {expected[:12]}")
+            _compare(file, _digest_of_file(file), expected)
 
     def passages(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> list[Passage]:
         """The passages of the given ids, in the order given.
@@ -301,8 +324,9 @@ class RowStore:
         """
         wanted = [self._locate(int(passage_id)) for passage_id in passage_ids]
         found: dict[tuple[int, int], Passage] = {}
-        for shard, group in sorted({(shard, row // _ROW_GROUP) for shard, row in wanted}):
-            for passage in self._read_group(shard, group).to_pylist():
+        groups = sorted({(shard, row // _ROW_GROUP) for shard, row in wanted})
+        for table in each(self.folder, lambda group: self._read_group(*group), groups):
+            for passage in table.to_pylist():
                 found[self._locate(passage["passage_id"])] = Passage(
                     passage_id=passage["passage_id"],
                     doc_id=passage["doc_id"],
@@ -317,7 +341,8 @@ class RowStore:
 
     def column(self, name: str) -> NDArray[Any]:
         """One numeric or string column of all sidecars, in passage order."""
-        tables = [self._read_column(receipt.shard, name) for receipt in self.receipts]
+        shards = [receipt.shard for receipt in self.receipts]
+        tables = each(self.folder, lambda shard: self._read_column(shard, name), shards)
         values: NDArray[Any] = pa.chunked_array([chunk for table in tables for chunk in table.chunks]).to_numpy()
         return values
 
@@ -326,30 +351,51 @@ class RowStore:
             raise NotFound(f"there is no passage {passage_id}; the index holds passages 0 to {self.num_passages - 1}")
         return divmod(passage_id, self.shard_passages)
 
-    def _path(self, shard: int) -> Path:
-        return _stem(self.folder, shard).with_suffix(".safetensors")
+    def _fetch(self, path: RemotePath, shard: int, *, verify: bool) -> NDArray[np.uint8]:
+        """The bytes of all rows; moved once, though they are compared with the digest too."""
+        receipt, header = self.receipts[shard], self._offsets[shard]
+        raw = np.empty(receipt.num_passages * self._row_bytes, dtype=np.uint8)
+        head = bytearray(header)
+        counts = self._read_into([(path, 0, memoryview(head)), (path, header, raw.data)])
+        if verify:
+            found = hashlib.sha256(head)
+            found.update(raw.data)
+            _compare(path, found.hexdigest(), receipt.rows_digest)
+            sidecar = path.with_suffix(".parquet")
+            _compare(sidecar, _digest_of_file(sidecar), receipt.sidecar_digest)
+        return raw[: counts[1]]
+
+    def _read_into(self, pieces: list[tuple[Any, int, memoryview]]) -> list[int]:
+        try:
+            return self._ranges.read_into(pieces)
+        except NotFound as error:
+            raise CorruptArtifact(f"{error}, a part of these rows; {_AGAIN}") from error
 
     @contextmanager
     def _sidecar(self, shard: int) -> Iterator[pq.ParquetFile]:
-        path = self._path(shard).with_suffix(".parquet")
+        path = self._paths[shard].with_suffix(".parquet")
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if isinstance(path, RemotePath):
+                size, footer = self._footers(path)
+                opened = pq.ParquetFile(
+                    path.ranged(size), metadata=footer, pre_buffer=True, page_checksum_verification=True
+                )
+            else:
+                opened = pq.ParquetFile(path, page_checksum_verification=True)
+            with opened as file:
                 if not file.schema_arrow.equals(_SCHEMA):
                     raise _corrupt(path, "it has other columns")
                 yield file
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotFound) as error:
             raise _corrupt(path, "the file is missing") from error
         # Arrow reports damaged bytes as any of these.
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _corrupt(path, "it is unreadable") from error
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            descriptor = os.open(self._path(shard), os.O_RDONLY)
-            # Candidates are scattered; read-ahead would fetch 30 times the bytes.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            self._files[shard] = descriptor
-        return self._files[shard]
+    @staticmethod
+    def _read_footer(path: RemotePath) -> tuple[int, pq.FileMetaData]:
+        size = path.store.size(path.key)
+        return size, pq.read_metadata(path.ranged(size))
 
     def _read_checksums(self, shard: int) -> NDArray[np.uint32]:
         found: NDArray[np.uint32] = self._read_column(shard, "crc32").to_numpy()
@@ -365,14 +411,14 @@ class RowStore:
 
     def _open_header(self, receipt: Receipt) -> int:
         """Validate the header and size of a shard; returns the offset of its first row."""
-        path = self._path(receipt.shard)
+        path = self._paths[receipt.shard]
         try:
             with path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 found = json.loads(stream.read(min(length, _MAX_HEADER)))["rows"]
                 found = {"dtype": found["dtype"], "shape": found["shape"]}
-                size = os.fstat(stream.fileno()).st_size
-        except FileNotFoundError as error:
+                size = stream.seek(0, os.SEEK_END)
+        except (FileNotFoundError, NotFound) as error:
             raise self._corrupt(receipt.shard, "the file is missing") from error
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise self._corrupt(receipt.shard, "its header is unreadable") from error
@@ -388,11 +434,20 @@ class RowStore:
         return int(8 + length)
 
     def _corrupt(self, shard: int, what: str) -> CorruptArtifact:
-        return _corrupt(self._path(shard), what)
+        return _corrupt(self._paths[shard], what)
 
 
-def _corrupt(path: Path, what: str) -> CorruptArtifact:
-    return CorruptArtifact(
-        f"{str(path)!r} is not what was written: {what}; give the index command again with --verify to build this "
-        "shard anew"
-    )
+def _digest_of_file(path: Location) -> str:
+    try:
+        return file_digest(path)
+    except NotFound as error:
+        raise _corrupt(path, "the file is missing") from error
+
+
+def _compare(path: Location, found: str, expected: str) -> None:
+    if found != expected:
+        raise _corrupt(path, f"its digest is {found[:12]}, its receipt says {expected[:12]}")
+
+
+def _corrupt(path: Location, what: str) -> CorruptArtifact:
+    return CorruptArtifact(f"{str(path)!r} is not what was written: {what}; {_AGAIN}")

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trackstar.blobs import Location, RemotePath
 from trackstar.errors import CorruptArtifact, NotFound, StorageFull
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -55,7 +56,7 @@ def publish_json(path: Path, content: Any) -> str:
     return publish(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -70,12 +71,17 @@ def read_json(path: Path) -> Any:
         raise CorruptArtifact(f"{str(path)!r} is not valid JSON: it is truncated or was altered") from error
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Location) -> str:
     """SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
         NotFound: no such file.
     """
+    if isinstance(path, RemotePath):
+        found = hashlib.sha256()
+        for chunk in path.store.chunks(path.key):
+            found.update(chunk)
+        return found.hexdigest()
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

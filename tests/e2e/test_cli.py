@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from tests.tiny import save_model
+from trackstar.blobs import local
 from trackstar.cli import main
 from trackstar.index import Index
 from trackstar.milvus import MilvusLiteIndex
@@ -642,7 +643,7 @@ def milvus_content(index: Path) -> list[Any]:
     generation = opened.generation()
     size = generation.spec.size
     codes = np.random.Generator(np.random.Philox(key=9)).standard_normal((3, size)).astype(np.float32)
-    database = MilvusLiteIndex.open(generation.home / "coarse" / "milvus.db", dim=opened.layout.dim, size=size)
+    database = MilvusLiteIndex.open(local(generation.home) / "coarse" / "milvus.db", dim=opened.layout.dim, size=size)
     with contextlib.closing(database):
         return [array.tolist() for array in database.search(codes, PASSAGES)] + [database.count()]
 

@@ -19,6 +19,7 @@ from services.gateway.generations import Generations
 from services.gateway.request import Principal
 from tests.service import honest
 from tests.service.honest import CountedIndex, HonestEncoder, add_generation, make_index, serving
+from trackstar.blobs import local
 from trackstar.catalog import Catalog
 from trackstar.errors import (
     DeadlineExceeded,
@@ -127,7 +128,7 @@ def test_another_process_s_activation_is_followed(catalog: Catalog) -> None:
 def test_a_broken_pointer_is_said_once_and_serving_goes_on(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         async with serving(catalog, poll_seconds=0.01) as gateway:
-            (catalog.root / "active.json").write_text("{")
+            (local(catalog.root) / "active.json").write_text("{")
             await _until(lambda: caplog.records)
             await asyncio.sleep(0.1)
             assert len(caplog.records) == 1
@@ -159,7 +160,7 @@ def test_tokens_outlive_a_switch_but_not_their_generation(catalog: Catalog) -> N
             assert second.provenance.generation == "alpha"
             assert _is_right(second)
             assert [item.rank for item in second.proponents] == list(range(11, 21))
-            shutil.rmtree(catalog.root / "generations/alpha")
+            shutil.rmtree(local(catalog.root) / "generations/alpha")
             await _until(lambda: "alpha" not in gateway.generations._open)
             error = await _refusal(gateway.trace.Trace(follow))
             assert isinstance(error, NotFound)
@@ -187,7 +188,7 @@ def test_generations_asked_by_name_are_opened_once_and_a_few_are_kept(tmp_path: 
 
 def test_activation_is_for_those_that_may_and_of_what_is_finished(catalog: Catalog) -> None:
     async def work() -> None:
-        (catalog.root / "generations/half").mkdir()
+        (local(catalog.root) / "generations/half").mkdir()
         principals = {"reader": Principal(name="reader"), "tenant": Principal(name="tenant", generations=("b*",))}
         async with serving(catalog, principals=principals) as gateway:
 
