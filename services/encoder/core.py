@@ -17,8 +17,6 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from trackstar.complete import Completion
-from trackstar.tail_patch import PatchStep
 from transformers import PreTrainedTokenizerBase
 
 from services.encoder.batching import TokenBatcher
@@ -26,6 +24,7 @@ from services.encoder.model import ModelBackend, Rows, Shares
 from services.generations import OpenedGenerations
 from services.timing import within
 from services.vectors import to_vector
+from trackstar.complete import Completion
 from trackstar.dual import Dual, make_code, make_duals
 from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, Overloaded
@@ -33,6 +32,7 @@ from trackstar.generation import Generation
 from trackstar.index import Index
 from trackstar.queries import tokenize, tokenize_span
 from trackstar.results import Query
+from trackstar.tail_patch import PatchStep
 from trackstar.v1 import encoder_pb2, trace_pb2
 
 DEFAULT_NEW_TOKENS = 8

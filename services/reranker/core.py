@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from trackstar.filters import FilterIndex, PassageFilter
 
 from services.encoder.core import TokenShares
 from services.generations import OpenedGenerations
@@ -22,6 +21,7 @@ from services.timing import within
 from services.vectors import to_array, to_vector
 from trackstar import evidence
 from trackstar.errors import InvalidRequest, NotFound
+from trackstar.filters import FilterIndex, PassageFilter
 from trackstar.index import Index
 from trackstar.passages import Passage
 from trackstar.reranker import Ranking, Reranker
