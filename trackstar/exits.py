@@ -23,7 +23,14 @@ DEFECT, INTERRUPTED = 70, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = "interrupted; give the same command again to continue"
 # Packages that a role may be installed without, and the extra that brings each.
-_EXTRAS = {"torch": "encoder", "transformers": "encoder", "pymilvus": "index", "milvus_lite": "index"}
+_EXTRAS = {
+    "torch": "encoder",
+    "transformers": "encoder",
+    "pymilvus": "index",
+    "milvus_lite": "index",
+    "google": "client",
+    "grpc": "client",
+}
 
 
 class Debug:

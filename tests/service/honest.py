@@ -96,15 +96,19 @@ def passage(passage_id: int) -> common_pb2.Passage:
 
 @dataclass
 class HonestEncoder:
-    """`delay`: seconds that encoding takes. `checkpoint`: what it says it runs."""
+    """`delay`: seconds that encoding takes. `checkpoint`: what it says it runs. `fail`: raised by the next encoding."""
 
     delay: float = 0.0
     checkpoint: str = CHECKPOINT
     patched: int | None = None
     calls: int = 0
+    fail: TrackstarError | None = None
 
     async def encode(self, request: encoder_pb2.EncodeRequest, *, timeout_seconds: float) -> encoder_pb2.EncodeResponse:
         self.calls += 1
+        if self.fail is not None:
+            failure, self.fail = self.fail, None
+            raise failure
         await asyncio.sleep(self.delay)
         text = text_of(request.query)
         if text == "certain":
