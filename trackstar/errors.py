@@ -28,21 +28,43 @@ class InvalidRequest(TrackstarError):
 
 
 class NotFound(TrackstarError):
-    """A named file, folder, passage or generation does not exist."""
+    """A named file, folder, passage or generation does not exist.
+
+    `kind` and `name` say which, such as `generation` and `g1`, where a service knows them.
+    """
 
     exit_code = 3
 
+    def __init__(self, message: str = "", *, kind: str | None = None, name: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.name = name
+
 
 class NotReady(TrackstarError):
-    """The thing exists but is not finished yet, such as an index whose rows are still being built."""
+    """The thing exists but is not finished yet, such as an index whose rows are still being built.
+
+    `retry_after_seconds`: when another try has a chance, where that is known.
+    """
 
     exit_code = 4
 
+    def __init__(self, message: str = "", *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
 
 class Overloaded(TrackstarError):
-    """There is no capacity for the request now; the same request can succeed later."""
+    """There is no capacity for the request now; the same request can succeed later.
+
+    `retry_after_seconds`: when another try has a chance, where that is known.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str = "", *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class CorruptArtifact(TrackstarError):
