@@ -36,6 +36,10 @@ from trackstar.tail_patch import PatchStep
 from trackstar.v1 import encoder_pb2, trace_pb2
 
 DEFAULT_NEW_TOKENS = 8
+# Upper bounds of histogram buckets, for whoever measures batches.
+BATCH_EXAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+BATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _OPTIMIZERS: dict[trace_pb2.PatchOptimizer.ValueType, Literal["sgd", "adamw"]] = {
     trace_pb2.PATCH_OPTIMIZER_UNSPECIFIED: "sgd",
     trace_pb2.PATCH_OPTIMIZER_SGD: "sgd",

@@ -1,0 +1,91 @@
+"""Commands that the services add to `trackstar`: serve an index, run a gateway of its own, digest a token.
+
+The command line finds them through the entry point group `trackstar.commands`, so the library knows nothing of them.
+What is heavy to import is imported inside.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from services.gateway.config import GatewayConfig
+    from services.gateway.server import Ports
+
+_Address = Annotated[str | None, typer.Option(help="HOST:PORT of gRPC; 127.0.0.1:50051 if nothing says otherwise.")]
+_Metrics = Annotated[str | None, typer.Option(help="HOST:PORT of Prometheus metrics; 'none' for none.")]
+_Config = Annotated[Path | None, typer.Option(help="YAML file of the gateway's settings; options override it.")]
+
+
+def serve(
+    index: Annotated[str, typer.Option(help="Folder or URL of the index.")],
+    address: _Address = None,
+    metrics_address: _Metrics = None,
+    config: _Config = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint's folder, if it has moved.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+    ] = False,
+) -> None:
+    """Serve an index over gRPC: gateway, model and rows in this one process."""
+    from services.gateway.command import run_gateway
+
+    settings = _settings(config, address, metrics_address)
+    from services.embedded import Embedded
+
+    opened = Embedded.open(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    raise typer.Exit(run_gateway(settings, opened.services, started=_announce(settings)))
+
+
+def gateway(
+    index: Annotated[str, typer.Option(help="Folder or URL of the index, for its generations and coarse codes.")],
+    address: _Address = None,
+    metrics_address: _Metrics = None,
+    config: _Config = None,
+) -> None:
+    """Run a gateway in front of encoders and rerankers elsewhere; needs no torch."""
+    from services.gateway.command import run_gateway
+    from services.gateway.remote_assembly import remote_services
+
+    settings = _settings(config, address, metrics_address)
+    raise typer.Exit(run_gateway(settings, remote_services(index), started=_announce(settings)))
+
+
+def hash_token(
+    new: Annotated[bool, typer.Option("--new", help="Make a token and show it once, on standard error.")] = False,
+) -> None:
+    """Print the digest of a token for the file of principals; without --new the token is read from standard input."""
+    from services.gateway.command import hash_token as hash_it
+
+    hash_it(new)
+
+
+def _settings(config: Path | None, address: str | None, metrics_address: str | None) -> GatewayConfig:
+    """Settings of a file, the environment over them, and options over both."""
+    from services.gateway import config as gateway_config
+
+    options: dict[str, str] = {}
+    if address is not None:
+        options["LISTEN__ADDRESS"] = address
+    if metrics_address is not None:
+        options["LISTEN__METRICS_ADDRESS"] = "null" if metrics_address == "none" else metrics_address
+    over: Mapping[str, str] = {gateway_config.PREFIX + key: value for key, value in options.items()}
+    return gateway_config.load(config, {**os.environ, **over})
+
+
+def _announce(settings: GatewayConfig) -> Callable[[Ports], None]:
+    from services.gateway.server import address_of
+
+    def started(ports: Ports) -> None:
+        where = address_of(settings, ports)
+        metrics = "" if ports.metrics is None else f"; metrics on port {ports.metrics}"
+        print(f"serving on {where}{metrics}", file=sys.stderr, flush=True)
+
+    return started

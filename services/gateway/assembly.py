@@ -1,0 +1,72 @@
+"""Puts the gateway's services together over whatever backends there are.
+
+Contract: nothing here opens a network connection or a model. `serving` opens the active generation, and closes what it
+opened after the last call; a folder without an active generation serves too, and is not ready until there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from services.backends import EncoderBackend, RerankerBackend
+from services.gateway.command import Parts, Served
+from services.gateway.generation_service import GenerationService
+from services.gateway.generations import Generations
+from services.gateway.health import Probe
+from services.gateway.server import Service
+from services.gateway.trace_service import TraceService
+from trackstar.catalog import Catalog, GenerationFacts
+from trackstar.coarse import CoarseIndex
+from trackstar.errors import NotReady
+from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
+
+_TRACES = trace_pb2.DESCRIPTOR.services_by_name["TraceService"]
+_GENERATIONS = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+
+
+@asynccontextmanager
+async def serving(
+    parts: Parts,
+    catalog: Catalog,
+    encoder: EncoderBackend,
+    reranker: RerankerBackend,
+    open_coarse: Callable[[GenerationFacts], CoarseIndex],
+    *,
+    probes: Iterable[Probe] = (),
+) -> AsyncIterator[Served]:
+    """The services of one index.
+
+    Args:
+        parts: settings, metrics and spans.
+        catalog: the index's generations.
+        encoder: reads queries.
+        reranker: scores and explains.
+        open_coarse: opens a generation's coarse index; runs in a thread.
+        probes: what else must be there for traces.
+    """
+    generations = Generations(catalog, open_coarse)
+    await generations.start()
+
+    async def active() -> None:
+        if generations.active is None:
+            raise NotReady("no generation is active")
+
+    try:
+        yield Served(
+            services=[
+                Service(
+                    add=trace_pb2_grpc.add_TraceServiceServicer_to_server,
+                    servicer=TraceService(generations, encoder, reranker, observer=parts.metrics),
+                    descriptor=_TRACES,
+                ),
+                Service(
+                    add=generation_pb2_grpc.add_GenerationServiceServicer_to_server,
+                    servicer=GenerationService(generations),
+                    descriptor=_GENERATIONS,
+                ),
+            ],
+            probes=[Probe(name="active generation", check=active, services=(_TRACES.full_name,)), *probes],
+        )
+    finally:
+        await generations.close()
