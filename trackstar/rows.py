@@ -324,9 +324,13 @@ class RowStore:
         """
         wanted = [self._locate(int(passage_id)) for passage_id in passage_ids]
         found: dict[tuple[int, int], Passage] = {}
-        groups = sorted({(shard, row // _ROW_GROUP) for shard, row in wanted})
-        for table in each(self.folder, lambda group: self._read_group(*group), groups):
-            for passage in table.to_pylist():
+        rows_of: dict[tuple[int, int], set[int]] = {}
+        for shard, row in wanted:
+            rows_of.setdefault((shard, row // _ROW_GROUP), set()).add(row % _ROW_GROUP)
+        groups = sorted(rows_of)
+        for group, table in zip(groups, each(self.folder, lambda group: self._read_group(*group), groups), strict=True):
+            # A group is read as a whole; only what is wanted of it becomes Python objects.
+            for passage in table.take(sorted(rows_of[group])).to_pylist():
                 found[self._locate(passage["passage_id"])] = Passage(
                     passage_id=passage["passage_id"],
                     doc_id=passage["doc_id"],
