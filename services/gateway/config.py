@@ -171,6 +171,13 @@ class GatewayConfig(_Section):
     tracing: TracingConfig = TracingConfig()
     backends: BackendConfig = BackendConfig()
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at the end, seconds")
+    notice_seconds: float = Field(
+        default=0.2,
+        ge=0,
+        le=60,
+        description="before that, time in which new calls are told to go elsewhere, seconds; gRPC would only cancel "
+        "those that it meets at the moment of closing",
+    )
     readiness_seconds: float = Field(
         default=5.0, ge=0.05, le=3600, description="how often readiness is looked at, seconds"
     )

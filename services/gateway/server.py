@@ -5,7 +5,7 @@
     ...
     await gateway.stop()
 
-Contract: `start` returns when calls are taken. `stop` tells health checks, takes no new connection or call, gives
+Contract: `start` returns when calls are taken. `stop` tells health checks, refuses new calls, closes the port, gives
 running calls `drain_seconds`, and answers those that are left with UNAVAILABLE. Servicers are given, so this knows
 nothing of traces.
 """
@@ -136,6 +136,8 @@ class Gateway:
         self._looking.cancel()
         await asyncio.wait([self._looking])
         self._running.drain()
+        # Refused callers back off. Without this, gRPC would answer CANCELLED to calls it has and we have not seen yet.
+        await asyncio.sleep(self._config.notice_seconds)
         # Stops taking calls at once; the grace of the second stop below is what counts.
         stopping = asyncio.create_task(server.stop(seconds + 2 * _SENDING_SECONDS))
         if not await self._running.wait(seconds):

@@ -99,7 +99,7 @@ async def serving(
     credentials: grpc.ChannelCredentials | None = None,
 ) -> AsyncIterator[Served]:
     """A gateway on free ports of the loopback address, stopped at the end."""
-    values: dict[str, Any] = {"drain_seconds": 1, **(settings or {})}
+    values: dict[str, Any] = {"drain_seconds": 1, "notice_seconds": 0, **(settings or {})}
     values["listen"] = {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0", **values.get("listen", {})}
     config = check(values)
     service = Service(add=trace_pb2_grpc.add_TraceServiceServicer_to_server, servicer=servicer, descriptor=DESCRIPTOR)

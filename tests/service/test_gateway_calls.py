@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.gateway.logs import JsonFormatter
@@ -314,6 +315,28 @@ def test_spans_of_call_and_stages_are_exported_as_one_trace() -> None:
     codes = [span.attributes["rpc.grpc.status"] for span in (called, refused, broken) if span.attributes]
     assert codes == ["OK", "INVALID_ARGUMENT", "INTERNAL"]
     assert [span.status.is_ok for span in (called, refused, broken)] == [True, True, False]
+
+
+def test_spans_reach_a_collector() -> None:
+    received: list[str] = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, context: Any) -> Any:
+            spans = [span for of in request.resource_spans for scope in of.scope_spans for span in scope.spans]
+            received.extend(span.name for span in spans)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    async def run() -> None:
+        collector = grpc.aio.server()
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), collector)  # type: ignore[no-untyped-call]
+        port = collector.add_insecure_port("127.0.0.1:0")
+        await collector.start()
+        async with serving(ScriptedTraceService(), {"tracing": {"endpoint": f"http://127.0.0.1:{port}"}}) as served:
+            await served.traces.Trace(ask())
+        await collector.stop(None)
+
+    asyncio.run(run())
+    assert received == [f"{NAME}/Trace"]
 
 
 def _stream(prompt: str = "", **fields: str) -> trace_pb2.TraceStreamRequest:
