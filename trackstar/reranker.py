@@ -23,6 +23,8 @@ from trackstar.rows import RowStore
 
 # Below this share of a shard's rows, reading them one by one moves fewer bytes than reading the shard.
 _SPARSE = 1 / 8
+# Candidates' rows are read and scored so many bytes of float32 at a time: memory that stays in use is warm.
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,8 +69,10 @@ class Reranker:
             CorruptArtifact: a row is not what was written.
         """
         ids = np.sort(ids)
-        scores_QN = self._scores(self.rows.read(ids), ids, dual_d[None])
-        return best(ids, scores_QN[0], sign=sign, k=k)
+        step = max(1, _READ_BYTES // (4 * self.rows.dim))
+        chunks = [ids[start : start + step] for start in range(0, len(ids), step)]
+        scores = [self._scores(self.rows.read(chunk), chunk, dual_d[None])[0] for chunk in chunks]
+        return best(ids, np.concatenate(scores) if scores else np.empty(0, np.float32), sign=sign, k=k)
 
     def scan(
         self, dual_Qd: Tensor, *, signs: Sequence[float], k: int, mask_N: NDArray[np.bool_] | None = None
