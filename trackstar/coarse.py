@@ -1,8 +1,9 @@
 """Coarse search: the best candidates for a query by estimated cosine, from compact codes (see `trackstar.codes`).
 
-`CoarseIndex` is the whole contract; `trackstar.milvus` implements it on Milvus, `MemoryIndex` here scans codes in
-memory and is exact, so it also serves as the oracle of the others. An index maps passage ids to codes; it knows no
-rows, texts or generations, and its order is final only after the exact rerank.
+`CoarseIndex` is the whole contract; `trackstar.milvus` implements it on Milvus Lite, `trackstar.milvus_server` on a
+Milvus server, and `MemoryIndex` here scans codes in memory and is exact, so it also serves as the oracle of the others.
+An index maps passage ids to codes; it knows no rows, texts or generations, and its order is final only after the exact
+rerank.
 
 Legend: N codes, Q queries, L candidates, k coordinates of a code, w numbers that hold one.
 """
@@ -35,13 +36,21 @@ class CoarseIndex(Protocol):
             InvalidRequest: shapes, dtypes or values that do not fit, or an id twice in one call.
         """
 
-    def search(self, codes: NDArray[Any], limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Best candidates of each query: ids [Q, L] and estimated cosines [Q, L], L = min(limit, count()).
 
         Cosines descend; equal ones are ordered by smaller id.
 
+        Args:
+            codes: [Q, .], as `add` takes them.
+            limit: candidates wanted of each query.
+            timeout_seconds: how long to wait for a server; what is scanned in this process takes the time it takes.
+
         Raises:
             InvalidRequest: codes of another shape or dtype, or a limit below 1 or above what the index can answer.
+            NotReady: the server is down or did not answer in time.
         """
 
     def count(self) -> int:
@@ -80,7 +89,9 @@ class MemoryIndex:
         check_codes(self._spec.kind, self._spec.size, codes)
         self._pending.append((passage_ids.copy(), self._stored(codes)))
 
-    def search(self, codes: NDArray[Any], limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See `CoarseIndex.search`."""
         self._check_open()
         check_codes(self._spec.kind, self._spec.size, codes)

@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import numpy as np
 from milvus_lite.adapter.grpc.servicer import MilvusServicer
 from milvus_lite.db import MilvusLite
@@ -185,7 +185,9 @@ class MilvusLiteIndex:
                 batch = zip(passage_ids[start : start + step].tolist(), codes[start : start + step], strict=True)
                 self._client.insert(_COLLECTION, [{_ID: passage_id, _CODE: code} for passage_id, code in batch])
 
-    def search(self, codes: NDArray[Any], limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See `CoarseIndex.search`; limit at most `MAX_CANDIDATES`."""
         self._check_open()
         check_codes("prefix", self._size, codes)

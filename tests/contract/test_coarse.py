@@ -7,6 +7,7 @@ import multiprocessing
 import resource
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pymilvus.grpc_gen import milvus_pb2
 
+from tests.milvus_process import MilvusProcess
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.codes import CodeSpec, negate
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady, StorageFull
 from trackstar.milvus import MAX_CANDIDATES, MilvusLiteIndex
+from trackstar.milvus_link import MilvusLink
+from trackstar.milvus_server import MilvusServerIndex
 
 DIM = 1000  # padded to 1024
 # Not a multiple of 64: the last word of a bits code is padding in part.
@@ -63,12 +68,37 @@ def milvus_lite(folder: Path) -> Case:
     return Case(MilvusLiteIndex.create(folder / "coarse", dim=DIM, size=SIZE), PREFIX)
 
 
-@pytest.fixture(params=[memory_prefix, memory_bits, milvus_lite])
+ON_A_SERVER = [pytest.param(BITS, id="milvus_bits"), pytest.param(PREFIX, id="milvus_prefix")]
+
+
+@pytest.fixture(params=[memory_prefix, memory_bits, milvus_lite, *ON_A_SERVER])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
-    make: Callable[[Path], Case] = request.param
-    case = make(tmp_path)
+    if isinstance(request.param, CodeSpec):
+        case = request.getfixturevalue("server_cases")(request.param)
+    else:
+        case = request.param(tmp_path)
     with closing(case.index):
         yield case
+
+
+@pytest.fixture(scope="module")
+def server_cases(milvus: MilvusProcess) -> Iterator[Callable[[CodeSpec], Case]]:
+    """An empty index on the server for codes of a kind; of each kind one collection, because loading takes seconds."""
+    with MilvusLink(milvus.access) as link:
+
+        def make(spec: CodeSpec) -> Case:
+            name = f"contract_{spec.kind}"
+            try:
+                index = MilvusServerIndex.open(link, name, spec=spec, dim=DIM)
+            except NotFound:
+                return Case(MilvusServerIndex.create(link, name, spec=spec, dim=DIM), spec)
+            request = milvus_pb2.DeleteRequest(collection_name=name, expr="passage_id >= 0")
+            link.call("Delete", request, link.deadline())
+            while index.count():
+                time.sleep(0.05)
+            return Case(index, spec)
+
+        yield make
 
 
 def test_search_equals_brute_force(case: Case) -> None:
