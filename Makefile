@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 ENV := .venv/.installed
+# moto's S3 server, for tests, in an environment of its own: boto3 does not take the python-dateutil that the rest has.
+MOTO := .venv/moto/.installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
@@ -17,13 +19,18 @@ TORCH := torch==2.13.0
 help:
 	@echo "make demo | test | test-slow | protos | format | clean      (PYTHON=python3.11 or newer, TORCH_INDEX=URL)"
 
-env: $(ENV)
+env: $(ENV) $(MOTO)
 
 $(ENV): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON to one.")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder,index,gateway,ray,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder,index,s3,gateway,ray,train,dev]'
+	touch $@
+
+$(MOTO): tests/moto.txt | $(ENV)
+	test -x .venv/moto/bin/pip || $(BIN)/python -m venv .venv/moto
+	.venv/moto/bin/pip install --quiet --disable-pip-version-check -r tests/moto.txt
 	touch $@
 
 demo: env

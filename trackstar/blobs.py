@@ -3,187 +3,28 @@
     location("/data/index")            a `pathlib.Path`
     location("s3://bucket/prefix")     a `RemotePath`: the part of a path's methods that reading an index needs
 
-A `RemotePath` reads through an `ObjectStore`: any fsspec file system, and obstore for S3, Google Cloud Storage and
-Azure. Nothing but the bytes asked for is moved, in requests of at most 8 MiB, at most `concurrency` at once for every
-calling thread. A request with its retries ends within `timeout_seconds`: what is missing is `NotFound`, a store that
-does not answer or refuses is `NotReady`, and both name the URL without credentials. What a store's library says is left
-out on purpose: it may hold signed addresses.
-
-Safe to use from several threads. A forked child must not use what its parent opened: spawn instead.
+Reading does not ask which of both it has, except where many small reads of a store are better made at once (`each`).
+Writing does: it needs a local folder (`local`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
 import io
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-import fsspec
-import fsspec.asyn
-
-from trackstar.errors import InvalidRequest, NotFound, NotReady
+from trackstar.errors import InvalidRequest, NotFound
+from trackstar.object_store import REQUEST_BYTES, ObjectStore, open_filesystem
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
-Range = tuple[str, int, int]
-"""Key, first byte, and the byte after the last."""
 
-REQUEST_BYTES = 8 << 20
 _PAGE_BYTES = 4096
-# A request that hangs leaves time for two more.
-_ATTEMPTS = 3
-_FIRST_PAUSE_SECONDS = 0.05
-_OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss")
-# Asking again gives the same answer; obstore's refusals are known by name, so that it need not be installed.
-_FINAL = (PermissionError, ValueError, TypeError, NotImplementedError)
-_FINAL_NAMES = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError")
-
-
-class ObjectStore:
-    """Reads objects of one fsspec file system.
-
-    Args:
-        filesystem: of fsspec, asynchronous or not.
-        url: of the folder it is used for, for messages.
-        timeout_seconds: for each request, its retries included.
-        concurrency: requests at once for every calling thread.
-    """
-
-    def __init__(self, filesystem: Any, url: str, *, timeout_seconds: float, concurrency: int) -> None:
-        self._filesystem = filesystem
-        self._scheme = urlsplit(url).scheme
-        self._loop = filesystem.loop if filesystem.async_impl else fsspec.asyn.get_loop()
-        self.timeout_seconds = timeout_seconds
-        self.concurrency = concurrency
-
-    def url(self, key: str) -> str:
-        """How messages name an object."""
-        return key if "://" in key else f"{self._scheme}://{key.lstrip('/')}"
-
-    def read(self, key: str) -> bytes:
-        """A whole object.
-
-        Raises:
-            NotFound: there is none.
-            NotReady: the store does not answer in time.
-        """
-        head = self.read_ranges([(key, 0, REQUEST_BYTES)])[0]
-        if len(head) < REQUEST_BYTES:
-            return head
-        return b"".join([head, *self.chunks(key, REQUEST_BYTES)])
-
-    def chunks(self, key: str, first: int = 0) -> Iterator[bytes]:
-        """The bytes from `first` on, in order; `concurrency` requests are held at a time."""
-        size, step = self.size(key), REQUEST_BYTES
-        for start in range(first, size, step * self.concurrency):
-            stops = range(start, min(size, start + step * self.concurrency), step)
-            yield from self.read_ranges([(key, at, min(size, at + step)) for at in stops])
-
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, fewer where the object ends before; one request each.
-
-        Raises:
-            NotFound: an object is missing.
-            NotReady: the store does not answer in time.
-        """
-        return self._wait(self._all([partial(self._range, *wanted) for wanted in ranges], ranges))
-
-    def size(self, key: str) -> int:
-        """Bytes of an object; raises as `read`."""
-        return self._wait(self._all([lambda: self._size(key)], [(key, 0, 0)]))[0]
-
-    def names(self, key: str) -> list[str]:
-        """Names of what lies right below a folder, sorted; none if there is no such folder."""
-        try:
-            found = self._wait(self._all([lambda: self._ls(key)], [(key, 0, 0)]))[0]
-        except NotFound:
-            return []
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found})
-
-    async def _range(self, key: str, start: int, stop: int) -> bytes:
-        try:
-            found: bytes = await self._call("cat_file", key, start=start, end=stop)
-        except FileNotFoundError:
-            raise
-        except Exception:
-            # Some stores refuse a range behind the end. Any other failure stands.
-            size = await self._size(key)
-            if size >= stop:
-                raise
-            found = await self._call("cat_file", key, start=start, end=size) if size > start else b""
-        return found
-
-    async def _size(self, key: str) -> int:
-        info = await self._call("info", key)
-        if info["type"] != "file":
-            raise FileNotFoundError(key)
-        return int(info["size"])
-
-    async def _ls(self, key: str) -> list[str]:
-        found: list[str] = await self._call("ls", key, detail=False)
-        return found
-
-    async def _call(self, verb: str, key: str, **arguments: Any) -> Any:
-        if self._filesystem.async_impl:
-            return await getattr(self._filesystem, f"_{verb}")(key, **arguments)
-        return await asyncio.to_thread(getattr(self._filesystem, verb), key, **arguments)
-
-    async def _all(self, calls: Sequence[Callable[[], Awaitable[Answer]]], ranges: Sequence[Range]) -> list[Answer]:
-        slots = asyncio.Semaphore(self.concurrency)
-
-        async def one(call: Callable[[], Awaitable[Answer]], key: str) -> Answer:
-            async with slots:
-                return await self._patiently(call, key)
-
-        tasks = [asyncio.ensure_future(one(call, key)) for call, (key, _, _) in zip(calls, ranges, strict=True)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _patiently(self, call: Callable[[], Awaitable[Answer]], key: str) -> Answer:
-        """The call's answer, trying again after what may pass, until the time is over."""
-        pause, reason = _FIRST_PAUSE_SECONDS, "no answer"
-        try:
-            async with asyncio.timeout(self.timeout_seconds):
-                while True:
-                    try:
-                        async with asyncio.timeout(self.timeout_seconds / _ATTEMPTS):
-                            return await call()
-                    except FileNotFoundError:
-                        raise NotFound(f"there is no {self.url(key)!r}") from None
-                    # An implementation of fsspec raises what the library below it does.
-                    except Exception as error:
-                        reason = type(error).__name__
-                        if isinstance(error, _FINAL) or reason in _FINAL_NAMES:
-                            raise NotReady(
-                                f"{self.url(key)!r} cannot be read: the store refuses it ({reason}); check the "
-                                "credentials and settings of the store in the environment"
-                            ) from None
-                    await asyncio.sleep(pause)
-                    pause *= 2
-        except TimeoutError:
-            raise NotReady(
-                f"{self.url(key)!r} cannot be read: the store gave no answer within {self.timeout_seconds:g} seconds "
-                f"({reason}); the same request can succeed once it does"
-            ) from None
-
-    def _wait(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
 
 
 class RemotePath:
@@ -225,7 +66,8 @@ class RemotePath:
     def is_file(self) -> bool:
         """Whether there is such an object."""
         try:
-            self.store.size(self.key)
+            # Not its size: to tell a folder from nothing, some file systems list, and fail where there is no bucket.
+            self.store.read_ranges([(self.key, 0, 1)])
         except NotFound:
             return False
         return True
@@ -296,7 +138,7 @@ def location(
     if parts.username or parts.password or parts.query:
         raise InvalidRequest(f"{plain!r} was given with credentials or a query; give those in the environment")
     try:
-        filesystem = _filesystem(parts.scheme, timeout_seconds, storage_options or {})
+        filesystem = open_filesystem(parts.scheme, timeout_seconds, storage_options or {})
         key = filesystem._strip_protocol(plain)
     except (ValueError, ImportError) as error:
         raise InvalidRequest(
@@ -341,23 +183,6 @@ def each(where: Location, work: Callable[[Item], Answer], items: Iterable[Item])
         if (error := future.exception()) is not None:
             raise error
     return [answer for future in futures for answer in future.result()]
-
-
-def _filesystem(scheme: str, timeout_seconds: float, storage_options: dict[str, Any]) -> Any:
-    if scheme not in _OBSTORE or importlib.util.find_spec("obstore") is None:
-        return fsspec.filesystem(scheme, **storage_options)
-    store_class: Any = importlib.import_module("obstore.fsspec").FsspecStore
-    given = dict(storage_options)
-    endpoint = str(given.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    client = {
-        "timeout": f"{timeout_seconds:g}s",
-        "connect_timeout": f"{timeout_seconds / _ATTEMPTS:g}s",
-        "allow_http": endpoint.startswith("http://"),
-        **given.pop("client_options", {}),
-    }
-    # Retries are ours.
-    retry = given.pop("retry_config", {"max_retries": 0})
-    return store_class(scheme, client_options=client, retry_config=retry, **given)
 
 
 class _RangedFile(io.RawIOBase):

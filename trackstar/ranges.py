@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from trackstar.blobs import REQUEST_BYTES, ObjectStore, RemotePath
+from trackstar.blobs import RemotePath
 from trackstar.errors import NotFound
+from trackstar.object_store import REQUEST_BYTES, ObjectStore
 
 Place = TypeVar("Place", contravariant=True)
 # At most so many unwanted bytes between two pieces that one request reads; less than a round trip costs.
