@@ -9,9 +9,11 @@ threads never pile up behind an index that does not answer.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,18 @@ from services.timing import within
 from trackstar.coarse import CoarseIndex
 from trackstar.errors import NotReady, Overloaded
 
+_LEAST_SECONDS = 0.001
+
 Hits = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Waiting:
-    """Codes [n, .] of one call, and where its hits go."""
+    """Codes [n, .] of one call, when it gives up (monotonic), and where its hits go."""
 
     codes: NDArray[Any]
     limit: int
+    until: float
     hits: asyncio.Future[Hits]
 
 
@@ -75,7 +80,12 @@ class CoarseSearch:
             raise NotReady("the generation was put away while it was asked; ask again")
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} coarse searches wait already; try again later")
-        item = _Waiting(codes=codes, limit=limit, hits=asyncio.get_running_loop().create_future())
+        item = _Waiting(
+            codes=codes,
+            limit=limit,
+            until=time.monotonic() + timeout_seconds,
+            hits=asyncio.get_running_loop().create_future(),
+        )
         self._waiting.append(item)
         self._start()
         try:
@@ -125,9 +135,12 @@ class CoarseSearch:
 
     async def _run(self, batch: list[_Waiting]) -> None:
         loop = asyncio.get_running_loop()
+        # As long as the one that waits longest: the others give up by themselves.
+        seconds = max(_LEAST_SECONDS, max(item.until for item in batch) - time.monotonic())
+        search = partial(self._index.search, limit=batch[0].limit, timeout_seconds=seconds)
         try:
             codes = np.concatenate([item.codes for item in batch])
-            ids_QL, cosines_QL = await loop.run_in_executor(self._threads, self._index.search, codes, batch[0].limit)
+            ids_QL, cosines_QL = await loop.run_in_executor(self._threads, search, codes)
         except Exception as error:
             # Each caller gets what the index raised, as if it had searched by itself.
             for item in batch:

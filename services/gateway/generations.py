@@ -89,7 +89,7 @@ class Generations:
         self._active: str | None = None
         # Those open now, least recently used first; those being opened; those being closed.
         self._open: dict[str, _Entry] = {}
-        self._opening: dict[str, asyncio.Task[_Entry]] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._switching = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
@@ -238,7 +238,7 @@ class Generations:
             task = self._opening.get(name)
             if task is None:
                 task = self._opening[name] = asyncio.create_task(self._open_one(name))
-                task.add_done_callback(lambda done: self._opened(name, done))
+            # A caller that leaves must not end what others wait for.
             await asyncio.shield(task)
         self._open[name] = self._open.pop(name)
         entry.holders += 1
@@ -264,28 +264,28 @@ class Generations:
     def _put_away(self, entry: _Entry) -> None:
         name = entry.served.name
         if self._open.pop(name, None) is not None:
-            task = self._closing[name] = asyncio.create_task(self._close_one(entry))
-            task.add_done_callback(lambda _: self._closing.pop(name, None))
+            self._closing[name] = asyncio.create_task(self._close_one(entry))
 
-    async def _open_one(self, name: str) -> _Entry:
-        facts = await self._describe(name)
-        if facts.spec is None:
-            raise NotReady(f"generation {name!r} is still being built")
-        index = await self._read(lambda: self._open_coarse(facts))
-        search = CoarseSearch(index, self._searching, parallel=self._searches_per_generation)
-        return _Entry(served=ServedGeneration(facts=facts, spec=facts.spec, search=search))
+    # Both take their names off the lists themselves: who waits for a task then never meets one that has ended.
 
-    def _opened(self, name: str, task: asyncio.Task[_Entry]) -> None:
-        del self._opening[name]
-        # Reading the exception marks it as seen even if every caller has left.
-        if not task.cancelled() and task.exception() is None:
-            self._open[name] = task.result()
+    async def _open_one(self, name: str) -> None:
+        try:
+            facts = await self._describe(name)
+            if facts.spec is None:
+                raise NotReady(f"generation {name!r} is still being built")
+            index = await self._read(lambda: self._open_coarse(facts))
+            search = CoarseSearch(index, self._searching, parallel=self._searches_per_generation)
+            self._open[name] = _Entry(served=ServedGeneration(facts=facts, spec=facts.spec, search=search))
+        finally:
+            del self._opening[name]
 
     async def _close_one(self, entry: _Entry) -> None:
         try:
             await entry.served.search.close()
         except TrackstarError as error:
             _LOG.warning("generation %s did not close cleanly: %s", entry.served.name, error)
+        finally:
+            del self._closing[entry.served.name]
 
     async def _read(self, work: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)

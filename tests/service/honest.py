@@ -256,7 +256,9 @@ class CountedIndex:
     def add(self, passage_ids: NDArray[np.int64], codes: NDArray[Any]) -> None:
         self.index.add(passage_ids, codes)
 
-    def search(self, codes: NDArray[Any], limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def search(
+        self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         assert not self.closed
         self.batches.append(len(codes))
         self.hold()

@@ -186,6 +186,30 @@ def test_generations_asked_by_name_are_opened_once_and_a_few_are_kept(tmp_path: 
     _run(work())
 
 
+def test_many_callers_of_many_generations_are_all_answered(tmp_path: Path) -> None:
+    async def work() -> None:
+        names = [f"g{number}" for number in range(4)]
+        catalog = make_index(tmp_path, *names, active="g0")
+        async with serving(catalog, poll_seconds=0.01) as gateway:
+
+            async def ask(first: int) -> None:
+                for number in range(12):
+                    name = names[(first + number * number) % len(names)]
+                    found = await gateway.trace.Trace(_request(generation=name, candidates=50, k=3))
+                    assert found.provenance.generation == name
+                    assert _is_right(found)
+
+            callers = [asyncio.create_task(ask(first)) for first in range(8)]
+            for name in names:
+                catalog.activate(name)
+                await asyncio.sleep(0.05)
+            await asyncio.gather(*callers)
+            made = [index for indexes in gateway.indexes.values() for index in indexes]
+            await _until(lambda: sum(not index.closed for index in made) <= 2)
+
+    _run(work())
+
+
 def test_activation_is_for_those_that_may_and_of_what_is_finished(catalog: Catalog) -> None:
     async def work() -> None:
         (local(catalog.root) / "generations/half").mkdir()
