@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME, enable_server_reflection
 from numpy.typing import NDArray
 
 from services.gateway.errors import status_of
@@ -385,6 +386,7 @@ async def serving(
     reranker: HonestReranker | None = None,
     principals: dict[str, Principal] | None = None,
     poll_seconds: float = 60.0,
+    reflection: bool = False,
 ) -> AsyncIterator[Gateway]:
     """A gateway over real gRPC on a port of the loopback."""
     indexes: dict[str, list[CountedIndex]] = {}
@@ -402,6 +404,9 @@ async def serving(
         TraceService(generations, encoder, reranker, observer=observed), server
     )
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generations), server)
+    if reflection:
+        names = ("trackstar.v1.TraceService", "trackstar.v1.GenerationService")
+        enable_server_reflection((*names, SERVICE_NAME), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
