@@ -22,12 +22,12 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
-from trackstar.blobs import Location, RemotePath, each, local
+from trackstar.blobs import Location, local
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.code_config import CodeConfig as CodeConfig
+from trackstar.code_store import CodeStore, fill
 from trackstar.codes import Rotation, encode_codes
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, mix
@@ -184,18 +184,15 @@ class Generation:
         self.spec = self.code.spec(layout.dim)
         self.layout = layout
         self.rows = rows
+        self._codes = CodeStore(home, self.facts, num_passages=rows.num_passages, shard_passages=rows.shard_passages)
         self.whitener = _whitener_of(self._checked("whitener.safetensors"), home / "whitener.safetensors", layout)
         self.rotation = Rotation(layout.dim, self.code.seed)
         background = self._checked("background.safetensors")
         self.background_ids: NDArray[np.int64] = background["ids"].numpy()
         self.background_rows_ND: Tensor = background["rows"]
-        in_memory = self.code.store == "memory"
-        shards = each(home, lambda receipt: self._codes_shard(receipt.shard, verify=in_memory), rows.receipts)
-        self.norms_N: NDArray[np.float32] = np.concatenate([shard["norms"].numpy() for shard in shards])
-        if hashlib.sha256(self.norms_N.tobytes()).hexdigest() != self.facts["norms"]:
-            raise self._altered("codes")
-        self._codes = [shard["codes"].numpy() for shard in shards] if in_memory else None
-        self._coarse: CoarseIndex | None = None
+        # Codes held in memory are there, and checked, from the start.
+        self._coarse: CoarseIndex | None = self._open_coarse() if self.code.store == "memory" else None
+        self.norms_N: NDArray[np.float32] = self._codes.norms()
 
     def close(self) -> None:
         """Close the coarse index."""
@@ -212,73 +209,37 @@ class Generation:
         folder.mkdir(parents=True)
         index = MilvusLiteIndex.create(folder / "milvus.db", dim=self.layout.dim, size=self.spec.size)
         try:
-            for receipt in self.rows.receipts:
-                codes = self._codes_shard(receipt.shard, verify=True)["codes"].numpy()
-                first = receipt.shard * self.rows.shard_passages
-                index.add(np.arange(first, first + len(codes), dtype=np.int64), codes)
-                on_rows("importing", first + len(codes), self.rows.num_passages)
-            count = index.count()
+            fill(index, self._codes, lambda done, total: on_rows("importing", done, total))
         finally:
             index.close()
-        if count != self.rows.num_passages:
-            raise CorruptArtifact(f"the coarse index holds {count} passages after importing {self.rows.num_passages}")
-        publish_json(folder / "receipt.json", {"count": count})
+        publish_json(folder / "receipt.json", {"count": self._codes.num_passages})
 
     @property
     def coarse(self) -> CoarseIndex:
         """The coarse index, opened at first use."""
         if self._coarse is None:
-            if self._codes is not None:
-                index = MemoryIndex(self.spec, self.layout.dim)
-                for receipt, codes in zip(self.rows.receipts, self._codes, strict=True):
-                    first = receipt.shard * self.rows.shard_passages
-                    index.add(np.arange(first, first + len(codes), dtype=np.int64), codes)
-                self._coarse = index
-            else:
-                if not (self.home / "coarse" / "receipt.json").is_file():
-                    raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
-                opened = MilvusLiteIndex.open(
-                    local(self.home) / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
-                )
-                if (count := opened.count()) != self.rows.num_passages:
-                    opened.close()
-                    raise CorruptArtifact(
-                        f"the coarse index of generation {self.name!r} holds {count} of "
-                        f"{self.rows.num_passages} passages; "
-                        f"delete {str(self.home / 'coarse')!r} and give the index command again"
-                    )
-                self._coarse = opened
+            self._coarse = self._open_coarse()
         return self._coarse
 
-    def _codes_shard(self, shard: int, *, verify: bool) -> dict[str, Tensor]:
-        name = f"codes/{shard:06d}.safetensors"
-        path = self.home / name
-        try:
-            # What is not compared with its digest is read for the norms alone.
-            found = self._checked(name) if verify else load_tensors(path, ("norms",))
-        except (NotFound, FileNotFoundError) as error:
+    def _open_coarse(self) -> CoarseIndex:
+        if self.code.store == "memory":
+            index = MemoryIndex(self.spec, self.layout.dim)
+            fill(index, self._codes)
+            return index
+        if not (self.home / "coarse" / "receipt.json").is_file():
+            raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
+        opened = MilvusLiteIndex.open(
+            local(self.home) / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
+        )
+        if (count := opened.count()) != self.rows.num_passages:
+            opened.close()
             raise CorruptArtifact(
-                f"{str(path)!r} is missing; delete {str(self.home)!r} and give the index command again"
-            ) from error
-        except SafetensorError as error:
-            raise CorruptArtifact(f"{str(path)!r} is unreadable; delete {str(self.home)!r} to rebuild it") from error
-        if len(found["norms"]) != self.rows.receipts[shard].num_passages:
-            raise CorruptArtifact(
-                f"{str(path)!r} does not hold one norm for every row; delete {str(self.home)!r} to rebuild it"
+                f"the coarse index of generation {self.name!r} holds {count} of {self.rows.num_passages} passages; "
+                f"delete {str(self.home / 'coarse')!r} and give the index command again"
             )
-        return found
+        return opened
 
     def _checked(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file whose digest is as it should be; from an object store its bytes are moved once."""
-        path = self.home / name
-        data = path.read_bytes() if isinstance(path, RemotePath) else None
-        found = file_digest(path) if data is None else hashlib.sha256(data).hexdigest()
-        if found != self.facts["files"][name]:
-            raise self._altered(name)
-        return load_tensors(path) if data is None else safetensors.torch.load(data)
-
-    def _altered(self, name: str) -> CorruptArtifact:
-        return CorruptArtifact(
-            f"{str(self.home / name)!r} is not what was written; delete {str(self.home)!r} and give the index command "
-            "again, the rows are kept"
-        )
+        """The tensors of a file whose digest is as it should be."""
+        data = self._codes.verify(name)
+        return load_tensors(self.home / name) if data is None else safetensors.torch.load(data)

@@ -2,6 +2,8 @@
 
 A local file is mapped by the format's own library. Of one in an object store only the bytes of the header and of the
 wanted tensors are moved, and the library reads them as a file of those tensors alone, with all its checks.
+
+Only `load_tensors` needs torch.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor
 
 from trackstar.blobs import Location, RemotePath
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_HEADER = 100 << 20  # as the library has it
 
@@ -31,9 +38,19 @@ def load_tensors(path: Location, names: Collection[str] | None = None) -> dict[s
         NotReady: the store does not answer.
         SafetensorError: it cannot be read.
     """
+    import safetensors.torch
+
     if not isinstance(path, RemotePath):
         return safetensors.torch.load_file(path)
     return safetensors.torch.load(path.read_bytes() if names is None else _part(path, names))
+
+
+def load_arrays(path: Location, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """As `load_tensors`, as arrays; of types that numpy has, and of a local file too only what is wanted."""
+    if isinstance(path, RemotePath):
+        return safetensors.numpy.load(path.read_bytes() if names is None else _part(path, names))
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 def _part(path: RemotePath, names: Collection[str]) -> bytes:

@@ -236,5 +236,5 @@ def test_nobody_there() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, trackstar.milvus_server; sys.exit('torch' in sys.modules)"
+    code = "import sys, trackstar.milvus_server, trackstar.code_store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

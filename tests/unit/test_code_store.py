@@ -1,0 +1,134 @@
+"""Codes on disk without torch: what is read, what is refused, and coarse indexes filled from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from trackstar.catalog import Catalog
+from trackstar.coarse import MemoryIndex
+from trackstar.code_store import CodeStore, fill
+from trackstar.codes import CodeSpec
+from trackstar.errors import CorruptArtifact, Incompatible, NotFound
+from trackstar.storage import file_digest, publish_json
+
+SPEC = CodeSpec(kind="bits", size=64, seed=0)
+DIM, NUM, IN_SHARD = 100, 25, 10
+NAME = "abc"
+
+
+def codes_and_norms() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (NUM, 8), dtype=np.uint8), rng.random(NUM, dtype=np.float32)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    codes, norms = codes_and_norms()
+    home = tmp_path / "generations" / NAME
+    (home / "codes").mkdir(parents=True)
+    for shard, first in enumerate(range(0, NUM, IN_SHARD)):
+        span = slice(first, first + IN_SHARD)
+        path = home / "codes" / f"{shard:06d}.safetensors"
+        safetensors.numpy.save_file({"codes": codes[span], "norms": norms[span]}, path)
+    publish_json(
+        home / "generation.json",
+        {
+            "rows": "digest of rows",
+            "files": {f"codes/{path.name}": file_digest(path) for path in (home / "codes").iterdir()},
+            "norms": hashlib.sha256(norms.tobytes()).hexdigest(),
+        },
+    )
+    publish_json(tmp_path / "index.json", {"format": 1})
+    publish_json(
+        tmp_path / "rows" / "complete.json",
+        {"digest": "digest of rows", "num_passages": NUM, "shard_passages": IN_SHARD},
+    )
+    return tmp_path
+
+
+def opened(root: Path) -> CodeStore:
+    return CodeStore.open(Catalog(root), NAME)
+
+
+def test_shards_and_norms_are_what_was_written(root: Path) -> None:
+    codes, norms = codes_and_norms()
+    store = opened(root)
+    shards = list(store.shards())
+    assert [shard.first for shard in shards] == [0, 10, 20]
+    np.testing.assert_array_equal(np.concatenate([shard.codes for shard in shards]), codes)
+    np.testing.assert_array_equal(np.concatenate([shard.norms for shard in shards]), norms)
+    np.testing.assert_array_equal(np.concatenate([shard.passage_ids for shard in shards]), np.arange(NUM))
+    np.testing.assert_array_equal(store.norms(), norms)
+
+
+def test_an_index_is_filled_and_filling_again_changes_nothing(root: Path) -> None:
+    codes, _ = codes_and_norms()
+    index, seen = MemoryIndex(SPEC, DIM), []
+    for _ in range(2):
+        fill(index, opened(root), lambda done, total: seen.append((done, total)))
+        assert index.count() == NUM
+        assert index.search(codes[[3, 24]], 1)[0].tolist() == [[3], [24]]
+    assert seen == [(10, 25), (20, 25), (25, 25)] * 2
+
+
+def test_an_index_that_held_more_is_told_of(root: Path) -> None:
+    index = MemoryIndex(SPEC, DIM)
+    index.add(np.array([NUM]), codes_and_norms()[0][:1])
+    with pytest.raises(CorruptArtifact, match="holds 26 passages after importing 25"):
+        fill(index, opened(root))
+
+
+def flip_a_code(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-60] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "is missing"),
+        (flip_a_code, "is not what was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "is not what was written"),
+    ],
+)
+def test_a_damaged_shard_fills_nothing_more(root: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(root / "generations" / NAME / "codes" / "000001.safetensors")
+    index = MemoryIndex(SPEC, DIM)
+    with pytest.raises(CorruptArtifact, match=message):
+        fill(index, opened(root))
+    assert index.count() == IN_SHARD
+
+
+def test_norms_are_compared_with_their_digest(root: Path) -> None:
+    path = root / "generations" / NAME / "codes" / "000002.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**arrays, "norms": arrays["norms"][::-1].copy()}, path)
+    with pytest.raises(CorruptArtifact, match="is not what was written"):
+        opened(root).norms()
+    safetensors.numpy.save_file({**arrays, "norms": arrays["norms"][1:]}, path)
+    with pytest.raises(CorruptArtifact, match="one norm for every row"):
+        opened(root).norms()
+    path.write_bytes(b"x" * 20)
+    with pytest.raises(CorruptArtifact, match="is unreadable"):
+        opened(root).norms()
+
+
+def test_what_does_not_belong_together_is_refused(root: Path) -> None:
+    with pytest.raises(NotFound, match="no generation 'other'"):
+        CodeStore.open(Catalog(root), "other")
+    totals = {"digest": "digest of others", "num_passages": NUM, "shard_passages": IN_SHARD}
+    publish_json(root / "rows" / "complete.json", totals)
+    with pytest.raises(Incompatible, match="built on rows"):
+        opened(root)
+    publish_json(root / "rows" / "complete.json", {"digest": "digest of rows"})
+    with pytest.raises(CorruptArtifact, match="not what was written"):
+        opened(root)
