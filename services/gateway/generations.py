@@ -66,6 +66,7 @@ class Generations:
         searches_per_generation: how many of them in one generation.
         poll_seconds: how often the active pointer is looked at.
         max_named: generations other than the active one that stay open without a call.
+        on_active: hears of every generation that becomes active, such as to count it.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class Generations:
         searches_per_generation: int = 1,
         poll_seconds: float = 2.0,
         max_named: int = 1,
+        on_active: Callable[[GenerationFacts], None] = lambda _facts: None,
     ) -> None:
         self._catalog = catalog
         self._open_coarse = open_coarse
         self._searches_per_generation = searches_per_generation
         self._poll_seconds = poll_seconds
         self._max_named = max_named
+        self._on_active = on_active
         self._searching = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="coarse")
         # Apart, so that a catalog can be read and a generation opened while searches fill the other pool.
         self._reading = ThreadPoolExecutor(max_workers=2, thread_name_prefix="catalog")
@@ -123,6 +126,14 @@ class Generations:
     def active(self) -> str | None:
         """Name of the generation that new calls get; None while there is none."""
         return self._active
+
+    async def ready(self) -> None:
+        """Return if new calls get a generation; a probe for health.
+
+        Raises:
+            NotReady: none is active.
+        """
+        await self._active_name()
 
     @asynccontextmanager
     async def hold(
@@ -225,6 +236,8 @@ class Generations:
         if previous is not None and previous != name and previous in self._open:
             self._retire(self._open[previous])
         self._open[name].retired = False
+        if previous != name:
+            self._on_active(self._open[name].served.facts)
         return previous
 
     async def _acquire(self, name: str) -> _Entry:

@@ -39,8 +39,10 @@ def messages(draw: st.DrawFn, kind: type[AnyMessage]) -> AnyMessage:
         if not draw(st.booleans()):
             continue
         if field.is_repeated:
-            values = draw(st.lists(_value(field), max_size=3)) * draw(st.sampled_from([1, 1, 1, 40, 500]))
-            getattr(message, field.name).extend(values)
+            values = draw(st.lists(_value(field), max_size=3))
+            times = draw(st.sampled_from([1, 1, 1, 40, 500]))
+            # Either many values or long ones; both together would only fill the memory of the tests.
+            getattr(message, field.name).extend(values * (times if _is_short(values) else 1))
         elif field.message_type is not None:
             getattr(message, field.name).CopyFrom(draw(_value(field)))
         else:
@@ -54,3 +56,7 @@ def _value(field: Any) -> st.SearchStrategy[Any]:
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
         return st.binary(max_size=20) if field.type == FieldDescriptor.TYPE_BYTES else _TEXT
     return _BY_TYPE[field.cpp_type]
+
+
+def _is_short(values: list[Any]) -> bool:
+    return sum(value.ByteSize() if isinstance(value, Message) else len(str(value)) for value in values) < 1000

@@ -142,6 +142,8 @@ def test_a_broken_pointer_is_said_once_and_serving_goes_on(catalog: Catalog, cap
 def test_none_is_active_until_one_is(tmp_path: Path) -> None:
     async def work() -> None:
         async with serving(make_index(tmp_path, "alpha")) as gateway:
+            with pytest.raises(NotReady):
+                await gateway.generations.ready()
             assert isinstance(await _refusal(gateway.trace.Trace(_request())), NotReady)
             assert (await gateway.trace.Trace(_request(generation="alpha"))).provenance.generation == "alpha"
             gateway.catalog.activate("alpha")
@@ -279,8 +281,10 @@ def test_a_generation_that_cannot_be_opened_changes_nothing(catalog: Catalog) ->
                 raise NotReady("the coarse index cannot be reached")
             return CountedIndex(facts.name)
 
-        generations = Generations(catalog, open_coarse)
+        heard: list[str] = []
+        generations = Generations(catalog, open_coarse, on_active=lambda facts: heard.append(facts.name))
         await generations.start()
+        await generations.ready()
         with pytest.raises(NotReady, match="cannot be reached"):
             await generations.activate("beta")
         assert (generations.active, catalog.active()) == ("alpha", "alpha")
@@ -288,6 +292,7 @@ def test_a_generation_that_cannot_be_opened_changes_nothing(catalog: Catalog) ->
         facts, previous = await generations.activate("beta")
         assert (facts.name, facts.state, previous, catalog.active()) == ("beta", "active", "alpha", "beta")
         assert (await generations.activate("beta"))[1] == "beta"
+        assert heard == ["alpha", "beta"]
         async with generations.hold() as held:
             assert held.name == "beta"
         await generations.close()
