@@ -65,7 +65,7 @@ def read_json(path: Location) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"there is no {str(path)!r}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptArtifact(f"{str(path)!r} is not valid JSON: it is truncated or was altered") from error

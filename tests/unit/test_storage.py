@@ -144,6 +144,9 @@ def test_damaged_json_is_corrupt(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(CorruptArtifact, match=r"x\.json' is not valid JSON"):
         read_json(tmp_path / "x.json")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotFound, match=r"there is no .*file/x\.json"):
+        read_json(tmp_path / "file" / "x.json")
 
 
 def test_missing_files_are_not_found(tmp_path: Path) -> None:
