@@ -208,7 +208,7 @@ def _configure(folder: Path, ports: dict[str, int]) -> None:
     config["log"]["file"]["rootPath"] = str(folder / "logs")
     config["log"]["level"] = "warn"
     # A server that was killed and comes back waits for its former self's sessions to end.
-    config["common"]["session"]["ttl"] = 3
+    config["common"]["session"]["ttl"] = 5
     config["common"]["security"]["authorizationEnabled"] = True
     # A load waits for several of these in turn.
     config["queryCoord"].update(checkInterval=100, distPullInterval=100)

@@ -11,18 +11,15 @@ Consistency: an index that has written sees all it wrote. One that has not searc
 seconds: collections are searched once they are complete, and after a restart the server then does not answer before it
 has read its log again. `count` is exact, deletions and what others wrote included.
 
-What is limited by the server, and differs between versions, is asked (`largest_code`) or refused by the server itself.
-Milvus 2.3.5 holds at most 32,768 bits or floats, current versions 262,144 bits. See `trackstar.milvus_link` for
-timeouts, retries and what happens while the server is down. It needs no torch.
+How large a code may be differs between versions: 2.3.5 takes 32,768 bits or floats, current ones 262,144 bits; see
+`largest_code` of `trackstar.milvus_collection`. Timeouts, retries and what happens while the server is down are those
+of `trackstar.milvus_link`. It needs no torch.
 
 Legend: N codes, Q queries, L candidates, k coordinates of a code.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
 from dataclasses import asdict
 from typing import Any
 
@@ -31,20 +28,19 @@ from numpy.typing import NDArray
 from pymilvus.grpc_gen import common_pb2, milvus_pb2, schema_pb2
 
 from trackstar.coarse import check_codes, check_ids, check_limit
-from trackstar.codes import CodeKind, CodeSpec, check_size, padded_dim
+from trackstar.codes import CodeSpec, check_size, padded_dim
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
+from trackstar.milvus_collection import CODE, ID, check_name, create_collection, describe, pairs, words
 from trackstar.milvus_link import MilvusLink, NoSuchIndex, NotLoaded
 
 # What a server answers per query at most.
 MAX_CANDIDATES = 16_384
 
-_ID, _CODE = "passage_id", "code"
 # A server takes messages of up to 64 MiB; small ones pass its queues sooner.
 _BATCH_BYTES = 8 << 20
 # Candidates per request; each takes some twelve bytes of the answer.
 _MAX_HITS = 1 << 18
 _POLL_SECONDS = 0.1
-_LARGEST_POWER = 18
 
 
 class MilvusServerIndex:
@@ -92,14 +88,14 @@ class MilvusServerIndex:
             Incompatible: the server takes no codes of that size.
             NotReady: the server is down.
         """
-        _check_name(collection)
+        check_name(collection)
         check_size(spec.size, dim)
         deadline = link.deadline(timeout_seconds)
-        if _describe(link, collection, deadline) is not None:
+        if describe(link, collection, deadline) is not None:
             raise InvalidRequest(f"{link.name} has a collection {collection!r} already; open it, or drop it")
         index = cls(link, collection, spec=spec, dim=dim)
-        note = json.dumps({"trackstar": {**asdict(spec), "dim": dim}}, sort_keys=True)
-        _create(link, collection, spec.kind, spec.size, note, num_shards, deadline)
+        note = {**asdict(spec), "dim": dim}
+        create_collection(link, collection, spec.kind, spec.size, deadline, note=note, num_shards=num_shards)
         index._index(deadline)
         return index
 
@@ -114,15 +110,15 @@ class MilvusServerIndex:
             Incompatible: it was made for other codes, or by something else.
             NotReady: the server is down, or loading takes longer; it goes on.
         """
-        _check_name(collection)
+        check_name(collection)
         deadline = link.deadline(timeout_seconds)
-        found = _describe(link, collection, deadline)
+        found = describe(link, collection, deadline)
         if found is None:
             raise NotFound(f"{link.name} has no collection {collection!r}; import the generation's codes first")
         wanted = {**asdict(spec), "dim": dim}
         if found != wanted:
             raise Incompatible(
-                f"the collection {collection!r} of {link.name} holds {_words(found)}, not {_words(wanted)}; import the "
+                f"the collection {collection!r} of {link.name} holds {words(found)}, not {words(wanted)}; import the "
                 "generation's codes again under another name"
             )
         index = cls(link, collection, spec=spec, dim=dim)
@@ -149,8 +145,8 @@ class MilvusServerIndex:
                 collection_name=self.collection,
                 num_rows=len(batch),
                 fields_data=[
-                    schema_pb2.FieldData(type=schema_pb2.Int64, field_name=_ID, scalars=ids),
-                    schema_pb2.FieldData(type=self._type, field_name=_CODE, vectors=self._vectors(batch)),
+                    schema_pb2.FieldData(type=schema_pb2.Int64, field_name=ID, scalars=ids),
+                    schema_pb2.FieldData(type=self._type, field_name=CODE, vectors=self._vectors(batch)),
                 ],
             )
             answer = self._link.call("Upsert", request, self._link.deadline(timeout_seconds), patient=True)
@@ -224,8 +220,7 @@ class MilvusServerIndex:
     def _vectors(self, codes: NDArray[Any]) -> Any:
         if self._spec.kind == "bits":
             return schema_pb2.VectorField(dim=self._spec.size, binary_vector=codes.tobytes())
-        floats = schema_pb2.FloatArray(data=codes.reshape(-1))
-        return schema_pb2.VectorField(dim=self._spec.size, float_vector=floats)
+        return schema_pb2.VectorField(dim=self._spec.size, float_vector=_floats(codes))
 
     def _consistency(self) -> dict[str, Any]:
         level = common_pb2.Session if self._written else common_pb2.Bounded
@@ -260,8 +255,8 @@ class MilvusServerIndex:
             dsl_type=common_pb2.BoolExprV1,
             placeholder_group=group.SerializeToString(),
             nq=len(codes_Qk),
-            search_params=_pairs(
-                anns_field=_CODE, topk=str(limit), metric_type=self._metric, params="{}", round_decimal="-1"
+            search_params=pairs(
+                anns_field=CODE, topk=str(limit), metric_type=self._metric, params="{}", round_decimal="-1"
             ),
             **self._consistency(),
         )
@@ -328,87 +323,19 @@ class MilvusServerIndex:
         """Build the index that the server needs to load a collection; of these kinds, none but the codes themselves."""
         request = milvus_pb2.CreateIndexRequest(
             collection_name=self.collection,
-            field_name=_CODE,
-            extra_params=_pairs(
+            field_name=CODE,
+            extra_params=pairs(
                 index_type="BIN_FLAT" if self._spec.kind == "bits" else "FLAT", metric_type=self._metric, params="{}"
             ),
         )
         self._link.call("CreateIndex", request, deadline, patient=True)
 
 
-def drop(link: MilvusLink, collection: str, *, timeout_seconds: float | None = None) -> None:
-    """Delete a collection with all its codes; one that is not there is as good."""
-    _check_name(collection)
-    request = milvus_pb2.DropCollectionRequest(collection_name=collection)
-    deadline = link.deadline(timeout_seconds)
-    if _describe(link, collection, deadline) is not None:
-        link.call("DropCollection", request, deadline, patient=True)
-
-
-def largest_code(link: MilvusLink, kind: CodeKind, *, timeout_seconds: float | None = None) -> int:
-    """Coordinates of the largest code that the server takes, a power of two; found by trying, on an empty collection.
-
-    Raises:
-        Incompatible: it takes none.
-        NotReady: the server is down.
-    """
-    deadline = link.deadline(timeout_seconds)
-    name = f"trackstar_probe_{secrets.token_hex(8)}"
-    for power in range(_LARGEST_POWER, 2, -1):
-        try:
-            _create(link, name, kind, 1 << power, "", 1, deadline)
-        except Incompatible:
-            continue
-        drop(link, name)
-        return 1 << power
-    raise Incompatible(f"{link.name} holds no codes of the kind {kind!r}")
-
-
-def _create(
-    link: MilvusLink, collection: str, kind: CodeKind, size: int, note: str, num_shards: int, deadline: float
-) -> None:
-    vector = schema_pb2.BinaryVector if kind == "bits" else schema_pb2.FloatVector
-    schema = schema_pb2.CollectionSchema(
-        name=collection,
-        description=note,
-        fields=[
-            schema_pb2.FieldSchema(name=_ID, is_primary_key=True, data_type=schema_pb2.Int64),
-            schema_pb2.FieldSchema(name=_CODE, data_type=vector, type_params=_pairs(dim=str(size))),
-        ],
-    )
-    request = milvus_pb2.CreateCollectionRequest(
-        collection_name=collection,
-        schema=schema.SerializeToString(),
-        shards_num=num_shards,
-        consistency_level=common_pb2.Bounded,
-    )
-    link.call("CreateCollection", request, deadline, patient=True)
-
-
-def _describe(link: MilvusLink, collection: str, deadline: float) -> dict[str, Any] | None:
-    """What the collection's codes are; None if there is none, and nothing in it if it is not one of ours."""
-    request = milvus_pb2.DescribeCollectionRequest(collection_name=collection)
-    try:
-        schema = link.call("DescribeCollection", request, deadline).schema
-    except NotFound:
-        return None
-    try:
-        found = json.loads(schema.description)["trackstar"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _words(code: dict[str, Any]) -> str:
-    if not code:
-        return "something else"
-    return f"{code.get('size')} {code.get('kind')} of {code.get('dim')} dimensions with seed {code.get('seed')}"
-
-
-def _pairs(**pairs: str) -> list[Any]:
-    return [common_pb2.KeyValuePair(key=key, value=value) for key, value in pairs.items()]
-
-
-def _check_name(collection: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", collection):
-        raise InvalidRequest(f"{collection!r} is no name of a collection; use letters, digits and underscores")
+def _floats(codes: NDArray[np.float32]) -> Any:
+    """A message of packed floats, from its bytes: given numbers, it would take them one by one."""
+    data = codes.astype("<f4").tobytes()
+    length, prefix = len(data), bytearray(b"\x0a")
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    return schema_pb2.FloatArray.FromString(bytes(prefix) + bytes([length]) + data)

@@ -20,8 +20,9 @@ from trackstar.breaker import BreakerState, CircuitBreaker
 from trackstar.coarse import MemoryIndex
 from trackstar.codes import CodeSpec
 from trackstar.errors import Incompatible, InvalidRequest, NotFound, NotReady
+from trackstar.milvus_collection import drop, largest_code
 from trackstar.milvus_link import MilvusAccess, MilvusLink, RetryPolicy
-from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex, drop, largest_code
+from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
 
 DIM = 1000
 BITS = CodeSpec(kind="bits", size=256, seed=0)
