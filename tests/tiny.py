@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {**_GROUPED, "tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 8},
     ),
+    "phi3": ("phi3", {**_GROUPED, "pad_token_id": 0}),
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}),
     "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),

@@ -14,6 +14,7 @@ mixture see token counts that depend on the batch, so there (and on GPUs) rows a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,20 +91,17 @@ def fold_factors(
     for member in loaded.members:
         index = loaded.block_of(member, layout)
         block = layout.blocks[index]
-        out_mp = normal_factor(
-            seed=seed, name=member.name, side="out", size=block.rows, features=range(member.out_features)
-        )
-        in_nq = normal_factor(
-            seed=seed, name=member.name, side="in", size=block.cols, features=range(member.in_features)
-        )
+        out_mp = normal_factor(seed=seed, name=member.name, side="out", size=block.rows, features=member.held_out)
+        in_nq = normal_factor(seed=seed, name=member.name, side="in", size=block.cols, features=member.held_in)
         scale = correction[member.name]
+        out_held, in_held = _slice(member.held_out), _slice(member.held_in)
         elementwise: Tensor | None = None
         terms = 1
         if isinstance(scale, Tensor):
-            elementwise = scale.to(device, dtype)
+            elementwise = scale[out_held, in_held].to(device, dtype, copy=member.cut is not None)
         else:
             terms = scale.out.shape[0]
-            out_mp, in_nq = _fold(out_mp, scale.out), _fold(in_nq, scale.in_)
+            out_mp, in_nq = _fold(out_mp, scale.out[:, out_held]), _fold(in_nq, scale.in_[:, in_held])
         factors[member.name] = Factors(
             name=member.name,
             block=index,
@@ -113,6 +111,10 @@ def fold_factors(
             elementwise=elementwise,
         )
     return factors
+
+
+def _slice(features: range) -> slice:
+    return slice(features.start, features.stop)
 
 
 def _fold(factor_fp: Tensor, scale_Kf: Tensor) -> Tensor:
@@ -174,60 +176,76 @@ class Encoder:
 
         Args:
             examples: at least two tokens each are needed for a gradient; shorter ones give a zero row.
-            on_batch: called with the number of tokens after each batch.
+            on_batch: called with the number of tokens that this rank ran after each batch.
 
         Raises:
             InvalidRequest: an example is empty or longer than the model's window.
         """
         device = self.loaded.model.device
-        rows_ND = torch.empty(len(examples), self.layout.dim, dtype=torch.float32, device=device)
-        loss_N = torch.empty(len(examples), dtype=torch.float32, device=device)
+        rows_ND = torch.zeros(len(examples), self.layout.dim, dtype=torch.float32, device=device)
+        loss_N = torch.zeros(len(examples), dtype=torch.float32, device=device)
 
         def make(num_examples: int, _num_tokens: int) -> RowSink:
             return RowSink(self.layout, num_examples=num_examples, num_sites=self._capture.num_sites, device=device)
 
         for indices, sink, losses_B in self.run(examples, make):
-            where = torch.tensor(indices, device=device)
+            where = torch.tensor(indices, dtype=torch.long, device=device)
             rows_ND[where] = sink.finish()[: len(indices)]
             loss_N[where] = losses_B
             if on_batch is not None:
                 on_batch(sum(len(examples[index].tokens) for index in indices))
+        self.loaded.ranks.sum_(rows_ND)
+        if self.loaded.ranks.num_dealt > 1:
+            self.loaded.ranks.sum_(loss_N)
         return Encoded(rows_ND=rows_ND, loss_N=loss_N)
 
     def contributions(self, examples: Sequence[Example], query_d: Tensor) -> list[Contributions]:
         """How every token and block of each example adds to <row, query_d>; query_d is float32 [d], un-normalised."""
         query_d = query_d.to(self.loaded.model.device)
-        found: dict[int, Contributions] = {}
+        starts = [0, *itertools.accumulate(len(example.tokens) for example in examples)]
+        by_token_Sb = query_d.new_zeros(starts[-1], len(self.layout.blocks))
+        unplaced_Nb = query_d.new_zeros(len(examples), len(self.layout.blocks))
 
         def make(num_examples: int, num_tokens: int) -> TokenSink:
             return TokenSink(self.layout, num_examples=num_examples, num_tokens=num_tokens, query_d=query_d)
 
         for indices, sink, _ in self.run(examples, make):
             for position, index in enumerate(indices):
-                found[index] = Contributions(
-                    by_token_Tb=sink.contributions_BTb[position, : len(examples[index].tokens)].cpu(),
-                    unplaced_b=sink.unplaced_Bb[position].cpu(),
-                )
-        return [found[index] for index in range(len(examples))]
+                tokens = slice(starts[index], starts[index + 1])
+                by_token_Sb[tokens] = sink.contributions_BTb[position, : len(examples[index].tokens)]
+                unplaced_Nb[index] = sink.unplaced_Bb[position]
+        for part in (by_token_Sb, unplaced_Nb):
+            self.loaded.ranks.sum_(part)
+        return [
+            Contributions(by_token_Tb=by_token_Tb, unplaced_b=unplaced_b)
+            for by_token_Tb, unplaced_b in zip(
+                by_token_Sb.cpu().split([len(example.tokens) for example in examples]), unplaced_Nb.cpu(), strict=True
+            )
+        ]
 
     def run(
         self, examples: Sequence[Example], make_sink: Callable[[int, int], AnySink]
     ) -> Iterator[tuple[list[int], AnySink, Tensor]]:
         """Forward and backward batch by batch, each into a new sink.
 
+        Of a model that several ranks hold, sinks receive this rank's part; parts are made whole by summing them.
+
         Args:
             examples: what to run.
             make_sink: makes the sink of a batch from its padded (number of examples, number of tokens).
 
         Yields:
-            Indices of the batch's examples, its sink (rows behind these are padding), and their losses float32 [B].
+            Indices of the batch's examples (this rank's, if they are dealt), its sink (rows behind these are padding),
+            and their losses float32 [B].
 
         Raises:
             InvalidRequest: an example is empty or longer than the model's window.
         """
         self._check(examples)
-        for indices in self._batches(examples):
-            tokens_BT, is_target_BT = self._pad([examples[index] for index in indices])
+        for batch in self._batches(examples):
+            length = padded_length(max(len(examples[index].tokens) for index in batch))
+            indices = self.loaded.ranks.mine(batch)
+            tokens_BT, is_target_BT = self._pad([examples[index] for index in indices], length)
             num_examples, num_tokens = tokens_BT.shape
             sink = make_sink(num_examples, num_tokens)
             with self._capture.into(sink, num_examples=num_examples, num_tokens=num_tokens):
@@ -246,12 +264,12 @@ class Encoder:
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
         if self._one_by_one:
             return iter([[index] for index in range(len(examples))])
-        return plan_batches([len(example.tokens) for example in examples], self.max_batch_tokens)
+        max_batch_tokens = self.max_batch_tokens * self.loaded.ranks.num_dealt
+        return plan_batches([len(example.tokens) for example in examples], max_batch_tokens)
 
-    def _pad(self, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def _pad(self, batch: Sequence[Example], length: int) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, T] and target mask bool [B, T], with dummy examples where B * T would be too small."""
-        length = padded_length(max(len(example.tokens) for example in batch))
-        num_rows = len(batch) if self._one_by_one else max(len(batch), -(-MIN_KERNEL_ROWS // length))
+        num_rows = max(len(batch), 1 if self._one_by_one else -(-MIN_KERNEL_ROWS // length))
         tokens_BT = np.zeros((num_rows, length), dtype=np.int64)
         is_target_BT = np.zeros((num_rows, length), dtype=bool)
         for row, example in enumerate(batch):

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from trackstar.capture import Factors
 from trackstar.encode import Encoder, Example
+from trackstar.errors import InvalidRequest
 from trackstar.model import LoadedModel
 from trackstar.moments import MomentEstimator, Moments
+from trackstar.ranks import ALONE
 
 
 class MomentSink:
@@ -48,8 +50,10 @@ def estimate_moments(
         on_batch: called with the number of examples done after each batch.
 
     Raises:
-        InvalidRequest: an empty sample.
+        InvalidRequest: an empty sample, or a model that is cut over ranks.
     """
+    if loaded.ranks is not ALONE:
+        raise InvalidRequest("moments are estimated with the whole model in one process; load it without sharding")
     layout = loaded.layout(layer_blocks=1, rows=1, cols=1)
     device, dtype = loaded.model.device, loaded.model.dtype
     nothing = torch.zeros(1, 1, device=device, dtype=dtype)

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, UnsupportedModel
 from trackstar.projection import Block, BlockLayout
+from trackstar.ranks import ALONE, Ranks
 
 MemberKind = Literal["linear", "conv1d", "router", "expert"]
 
@@ -40,7 +41,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 class Member:
     """One weight matrix [out_features, in_features] that contributes to a block.
 
-    `name` is the parameter's name; a fused expert adds its index, as in `…experts.down_proj[3]`.
+    `name` is the parameter's name; a fused expert adds its index, as in `…experts.down_proj[3]`. `cut` is what this
+    process holds of it, as ranges of output and input features, where that is not all.
     """
 
     name: str
@@ -50,11 +52,25 @@ class Member:
     part: Literal["attention", "mlp"]
     out_features: int
     in_features: int
+    cut: tuple[range, range] | None = None
+
+    @property
+    def held_out(self) -> range:
+        """Output features that this process holds."""
+        return self.cut[0] if self.cut else range(self.out_features)
+
+    @property
+    def held_in(self) -> range:
+        """Input features that this process holds."""
+        return self.cut[1] if self.cut else range(self.in_features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A frozen checkpoint in evaluation mode with the members found in it."""
+    """A frozen checkpoint in evaluation mode with the members found in it.
+
+    `ranks` are the processes that hold it together (see `sharding`).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +79,7 @@ class LoadedModel:
     max_tokens: int
     digest: str
     path: str
+    ranks: Ranks = ALONE
 
     @property
     def base(self) -> nn.Module:
@@ -207,7 +224,7 @@ def find_members(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> tupl
     Raises:
         UnsupportedModel: no decoder layers found, or a weight that should contribute and cannot; the message names it.
     """
-    layers_name, num_layers = _decoder_layers(model)
+    layers_name, num_layers = decoder_layers(model)
     outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     members: list[Member] = []
     for module_name, module in model.named_modules():
@@ -285,7 +302,12 @@ def _part(inner: str, module_name: str) -> Literal["attention", "mlp"]:
     )
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, int]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, int]:
+    """Name and length of the list of decoder layers.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     candidates = [
         (sum(p.numel() for p in module.parameters()), name)
