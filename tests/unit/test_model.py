@@ -36,6 +36,7 @@ PER_LAYER = {
     "gemma": (4, 3),
     "gemma2": (4, 3),
     "gemma3": (4, 3),
+    "phi3": (2, 2),  # qkv, o; gate_up, down
     "mixtral": (4, 1 + 4 * 2),  # router; four experts with gate_up and down
     "qwen3_moe": (4, 1 + 4 * 2),
     "olmoe": (4, 1 + 4 * 2),
