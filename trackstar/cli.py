@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,9 @@ app = typer.Typer(
 app.command()(index)
 app.command()(trace)
 app.command()(generations)
+# What other packages add, such as the services' `serve`; they keep their own imports light.
+for _point in sorted(entry_points(group="trackstar.commands"), key=lambda point: point.name):
+    app.command(_point.name)(_point.load())
 
 _DEBUG = Debug()
 # The paper's largest model, assumed where a plan is asked for without one.

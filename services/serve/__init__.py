@@ -1,0 +1,1 @@
+"""Encoder and reranker as one Ray Serve application."""
