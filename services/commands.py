@@ -58,6 +58,37 @@ def gateway(
     raise typer.Exit(run_gateway(settings, remote_services(index), started=_announce(settings)))
 
 
+def fill_milvus(
+    index: Annotated[str, typer.Option(help="Folder or URL of the index.")],
+    config: _Config = None,
+    milvus: Annotated[str | None, typer.Option(help="HOST:PORT of the Milvus server.")] = None,
+    generation: Annotated[str | None, typer.Option(help="Another generation than the active one.")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Drop the collection first.")] = False,
+) -> None:
+    """Put a generation's coarse codes into a Milvus server; the same command continues an interrupted one."""
+    from rich.console import Console
+
+    from services.gateway import config as gateway_config
+    from services.gateway.coarse_milvus import fill_collection
+    from trackstar.catalog import Catalog
+    from trackstar.errors import InvalidRequest
+    from trackstar.progress import StepProgress
+
+    over = {} if milvus is None else {f"{gateway_config.PREFIX}MILVUS__ADDRESS": milvus}
+    settings = gateway_config.load(config, {**os.environ, **over}).milvus
+    if settings.address is None:
+        raise InvalidRequest("name the Milvus server with --milvus HOST:PORT, or in the settings as milvus.address")
+    catalog = Catalog(index)
+    name = generation or catalog.active()
+    console = Console(stderr=True)
+    with StepProgress(console, unit="passages") as progress:
+        progress.start("importing", 0, catalog.describe(name).num_passages)
+        collection = fill_collection(
+            settings, catalog, name, anew=anew, on_rows=lambda done, _total: progress.advance("importing", done, 0)
+        )
+    console.print(f"generation {name} is in the collection {collection}", highlight=False)
+
+
 def hash_token(
     new: Annotated[bool, typer.Option("--new", help="Make a token and show it once, on standard error.")] = False,
 ) -> None:

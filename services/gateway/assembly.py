@@ -7,7 +7,7 @@ opened after the last call; a folder without an active generation serves too, an
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 
 from services.backends import EncoderBackend, RerankerBackend
 from services.gateway.command import Parts, Served
@@ -18,7 +18,6 @@ from services.gateway.server import Service
 from services.gateway.trace_service import TraceService
 from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex
-from trackstar.errors import NotReady
 from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
 
 _TRACES = trace_pb2.DESCRIPTOR.services_by_name["TraceService"]
@@ -34,6 +33,7 @@ async def serving(
     open_coarse: Callable[[GenerationFacts], CoarseIndex],
     *,
     probes: Iterable[Probe] = (),
+    searches_per_generation: int = 1,
 ) -> AsyncIterator[Served]:
     """The services of one index.
 
@@ -44,20 +44,21 @@ async def serving(
         reranker: scores and explains.
         open_coarse: opens a generation's coarse index; runs in a thread.
         probes: what else must be there for traces.
+        searches_per_generation: coarse searches that may run at once in one generation.
     """
-    generations = Generations(catalog, open_coarse)
+    generations = Generations(
+        catalog,
+        open_coarse,
+        searches_per_generation=searches_per_generation,
+        on_active=lambda facts: parts.metrics.generation(facts.name, facts.checkpoint_digest),
+    )
     await generations.start()
-
-    async def active() -> None:
-        if generations.active is None:
-            raise NotReady("no generation is active")
-
     try:
         yield Served(
             services=[
                 Service(
                     add=trace_pb2_grpc.add_TraceServiceServicer_to_server,
-                    servicer=TraceService(generations, encoder, reranker, observer=parts.metrics),
+                    servicer=TraceService(generations, encoder, reranker, observer=_Observer(parts)),
                     descriptor=_TRACES,
                 ),
                 Service(
@@ -66,7 +67,26 @@ async def serving(
                     descriptor=_GENERATIONS,
                 ),
             ],
-            probes=[Probe(name="active generation", check=active, services=(_TRACES.full_name,)), *probes],
+            probes=[Probe(name="active generation", check=generations.ready, services=(_TRACES.full_name,)), *probes],
         )
     finally:
         await generations.close()
+
+
+class _Observer:
+    """Counts stages and makes spans of them; see `stages.StageObserver`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage of one call took so long in all."""
+        self._parts.metrics.stage(name, seconds)
+
+    def candidates(self, count: int) -> None:
+        """One call had so many passages scored exactly."""
+        self._parts.metrics.candidates(count)
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        """Around the work of a stage."""
+        return self._parts.telemetry.span(name)

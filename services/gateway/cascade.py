@@ -108,7 +108,7 @@ class Cascade:
             page: which passages come with the evidence parts; the first `asked.page_size` if None.
             best_so_far: rerank in a few batches, and send the best after each with their passages.
         """
-        stages, page = Stages(context), page or Page()
+        stages, page = Stages(context, self._observer), page or Page()
         known: dict[int, common_pb2.Passage] = {}
         try:
             ranked = self._recent.get(generation.name, asked.digest)

@@ -159,6 +159,26 @@ class BackendConfig(_Section):
     application: str | None = Field(default=None, description="name of the Ray Serve application behind both addresses")
 
 
+class MilvusConfig(_Section):
+    """A Milvus server that holds the coarse codes; without one they are searched where the index folder says."""
+
+    address: str | None = Field(default=None, description="host:port of its gRPC port; null for none")
+    database: str = Field(default="", description="of the server; empty for its default one")
+    collection_prefix: str = Field(
+        default="trackstar_",
+        pattern=r"[A-Za-z_]\w{0,100}",
+        description="a generation's collection is this and its name",
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="file that holds a token, or user:password, and nothing else; null for a server without",
+    )
+    tls: bool = Field(default=False, description="encrypt, and check the server's certificate")
+    ca_file: Path | None = Field(default=None, description="authorities to check it with; null for the system's")
+    timeout_seconds: float = Field(default=60.0, gt=0, le=3600, description="of opening a collection, seconds")
+    parallel: int = Field(default=4, ge=1, le=64, description="searches that run at once in one generation")
+
+
 class GatewayConfig(_Section):
     """Everything that can be set."""
 
@@ -170,6 +190,7 @@ class GatewayConfig(_Section):
     connection: ConnectionConfig = ConnectionConfig()
     tracing: TracingConfig = TracingConfig()
     backends: BackendConfig = BackendConfig()
+    milvus: MilvusConfig = MilvusConfig()
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at the end, seconds")
     notice_seconds: float = Field(
         default=0.2,

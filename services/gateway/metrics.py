@@ -56,6 +56,11 @@ class BreakerState(enum.IntEnum):
     HALF_OPEN = 1
     OPEN = 2
 
+    @classmethod
+    def of(cls, state: str) -> BreakerState:
+        """The state that `trackstar.breaker` calls `state`, such as `half-open`."""
+        return cls[state.upper().replace("-", "_")]
+
 
 class GatewayMetrics:
     """All metrics of one gateway.

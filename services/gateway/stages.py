@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 from services.gateway.generations import ServedGeneration
@@ -24,6 +24,9 @@ class StageObserver(Protocol):
     def candidates(self, count: int) -> None:
         """One call had so many passages scored exactly."""
 
+    def span(self, name: str) -> AbstractContextManager[object]:
+        """Around the work of a stage, for whoever traces calls."""
+
 
 class Unobserved:
     """An observer that ignores everything."""
@@ -34,12 +37,17 @@ class Unobserved:
     def candidates(self, count: int) -> None:
         """Nothing."""
 
+    def span(self, name: str) -> AbstractContextManager[object]:
+        """Nothing."""
+        return nullcontext()
+
 
 class Stages:
     """Time of one call by stage, each within its share of what is left."""
 
-    def __init__(self, context: RequestContext) -> None:
+    def __init__(self, context: RequestContext, observer: StageObserver | None = None) -> None:
         self._context = context
+        self._observer = observer or Unobserved()
         self.seconds: dict[str, float] = {}
 
     async def run(
@@ -57,7 +65,7 @@ class Stages:
             DeadlineExceeded: its share of the time is over.
         """
         seconds = self._context.stage_seconds(budget or stage)
-        with self._counted(stage):
+        with self._counted(stage), self._observer.span(stage):
             async with within(seconds, what):
                 return await call(seconds)
 

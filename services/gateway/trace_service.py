@@ -46,6 +46,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self._generations = generations
         self._encoder = encoder
         self._reranker = reranker
+        self._observer = observer
         self._cascade = Cascade(encoder, reranker, observer=observer)
 
     async def Trace(self, request: trace_pb2.TraceRequest, context: Context) -> trace_pb2.TraceResponse:
@@ -101,7 +102,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 first_id=first_id,
                 limit=asked.page_size,
             )
-            found = await Stages(call).run(
+            found = await Stages(call, self._observer).run(
                 "passages",
                 "reading the passages",
                 lambda seconds: self._reranker.read_passages(question, timeout_seconds=seconds),
@@ -120,7 +121,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         asked = validate.verify(request)
         call = current()
         async with self._held(asked.generation, call) as generation:
-            stages = Stages(call)
+            stages = Stages(call, self._observer)
             wanted = reranker_pb2.ReadPassagesRequest(
                 generation=generation.name, passage_ids=asked.passage_ids, tokens=True
             )

@@ -89,7 +89,9 @@ class Ingress:
                 status = status_of(error, request_id=metadata.get(REQUEST_ID, ""))
                 context.set_code(status.code)
                 context.set_details(status.details)
-                context.set_trailing_metadata(list(status.trailing_metadata))
+                # Serve declares text only, and passes bytes on all the same.
+                trailing: Any = list(status.trailing_metadata)
+                context.set_trailing_metadata(trailing)
                 return empty
 
 
