@@ -21,13 +21,6 @@ from services.serve.encoder import EncoderReplica
 from services.serve.ingress import Ingress
 from services.serve.reranker import RerankerReplica
 
-NAME = "trackstar"
-# What Serve's gRPC proxy must know before it starts.
-SERVICER_FUNCTIONS = [
-    "trackstar.v1.encoder_pb2_grpc.add_EncoderServiceServicer_to_server",
-    "trackstar.v1.reranker_pb2_grpc.add_RerankerServiceServicer_to_server",
-]
-
 
 def application(arguments: dict[str, Any]) -> Application:
     """The bound application.

@@ -6,6 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# What Serve's gRPC proxy must know before it starts: `grpc_options.grpc_servicer_functions` of its config.
+SERVICER_FUNCTIONS = [
+    "trackstar.v1.encoder_pb2_grpc.add_EncoderServiceServicer_to_server",
+    "trackstar.v1.reranker_pb2_grpc.add_RerankerServiceServicer_to_server",
+]
+
 
 class Scaling(BaseModel):
     """How many replicas a deployment has, and what each holds."""
