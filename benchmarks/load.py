@@ -9,7 +9,7 @@ number of calls at each level), and ends it. Three things are reported:
                 stage as the answers' provenance tells it; at one call at a time also the gateway's overhead, which is
                 what of a call's time is in no stage
     batching    queries per second through the service's encoder with 64 calls at once, over the rate of the same
-                encoder alone on the same queries in one batch after another, taking turns in one process
+                encoder alone on the same queries, 64 a batch, taking turns in one process
     saturation  a server that admits few calls, asked by many more clients at once, who come back a little later when
                 they are refused: how long admitted calls take beside what admission promises, and what a refusal takes
 
@@ -46,13 +46,15 @@ from rich.table import Table
 from services.encoder.core import EncoderCore
 from services.encoder.model import LocalModel, ModelWorker
 from trackstar.dual import make_code, make_duals
-from trackstar.encode import Encoder
+from trackstar.encode import QUERY_LENGTH_STEP, Encoder
 from trackstar.index import Index
 from trackstar.queries import read_queries, tokenize
 from trackstar.results import Query
 from trackstar.v1 import encoder_pb2, trace_pb2
 from trackstar.v1.trace_pb2_grpc import TraceServiceStub
 
+# Calls at once in the comparison of encoders, and queries in each batch of the encoder alone.
+_BATCH = 64
 # How long the storm lasts, and when a client that was refused comes back, on average.
 _STORM_SECONDS, _REFUSED_PAUSE_SECONDS = 20.0, 0.2
 STAGES = ("encode", "search", "rerank", "evidence")
@@ -220,14 +222,15 @@ def measure_batching(index: Path, queries: Sequence[Query], options: argparse.Na
         tokenize(query, loaded.tokenizer, add_bos=opened.facts["add_bos"], max_tokens=loaded.max_tokens)
         for query in queries
     ]
-    encoder: Encoder = opened.encoder(loaded)
+    encoder: Encoder = opened.encoder(loaded, length_step=QUERY_LENGTH_STEP)
     other = opened.load_model()
 
     def alone() -> None:
-        found = encoder.encode(examples)
-        for dual in make_duals(generation.whitener, found.rows_ND, found.loss_N):
-            assert not isinstance(dual, Exception)
-            make_code(generation.spec, generation.rotation, dual)
+        for start in range(0, len(examples), _BATCH):
+            found = encoder.encode(examples[start : start + _BATCH])
+            for dual in make_duals(generation.whitener, found.rows_ND, found.loss_N):
+                assert not isinstance(dual, Exception)
+                make_code(generation.spec, generation.rotation, dual)
 
     async def rounds() -> dict[str, list[float]]:
         core = EncoderCore(opened, other.tokenizer, other.max_tokens, LocalModel(ModelWorker(opened, other)))
@@ -245,7 +248,7 @@ def measure_batching(index: Path, queries: Sequence[Query], options: argparse.Na
                 for message in work:
                     await core.encode(message, timeout_seconds=600)
 
-            await asyncio.gather(*(client() for _ in range(64)))
+            await asyncio.gather(*(client() for _ in range(_BATCH)))
 
         times: dict[str, list[float]] = {"alone": [], "service": []}
         alone()

@@ -122,18 +122,31 @@ def _fold(factor_fp: Tensor, scale_Kf: Tensor) -> Tensor:
     return torch.cat([factor_fp * scale_f[:, None] for scale_f in scale_Kf], dim=1)
 
 
-def padded_length(num_tokens: int) -> int:
-    """Length that an example is padded to: a function of its own length alone, at most 1/32 above it."""
-    step = 1 << max(0, (num_tokens // 32).bit_length() - 1)
-    return -(-num_tokens // step) * step
+# Queries are short and come a few at a time: whole groups of lengths share a pass rather than each length its own.
+QUERY_LENGTH_STEP = 8
 
 
-def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+def padded_length(num_tokens: int, *, step: int = 1, limit: int | None = None) -> int:
+    """Length that an example is padded to: a function of its own length alone.
+
+    Args:
+        num_tokens: its length.
+        step: padded lengths are multiples of this; with 1, at most 1/32 is added.
+        limit: the model's window, which no padding exceeds.
+    """
+    step = max(step, 1 << max(0, (num_tokens // 32).bit_length() - 1))
+    padded = -(-num_tokens // step) * step
+    return padded if limit is None else max(num_tokens, min(padded, limit))
+
+
+def plan_batches(
+    lengths: Sequence[int], max_batch_tokens: int, *, step: int = 1, limit: int | None = None
+) -> Iterator[list[int]]:
     """Indices of examples that share a padded length, longest first, at most `max_batch_tokens` padded tokens a
-    batch."""
+    batch; `step` and `limit` as of `padded_length`."""
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        by_length.setdefault(padded_length(length), []).append(index)
+        by_length.setdefault(padded_length(length, step=step, limit=limit), []).append(index)
     for length in sorted(by_length, reverse=True):
         indices = by_length[length]
         size = max(1, max_batch_tokens // length)
@@ -143,6 +156,15 @@ def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list
 
 class Encoder:
     """Turns examples into rows with one model; installs its hooks on construction.
+
+    Args:
+        loaded: the model.
+        layout: blocks of a row.
+        factors: the folded projection of every weight matrix.
+        max_batch_tokens: padded tokens of one pass.
+        head_chunk_tokens: target positions per pass through the head.
+        objective: what is summed over target tokens.
+        length_step: padded lengths are multiples of this; larger ones join more examples in a pass.
 
     Raises:
         UnsupportedModel: a module that should contribute received no gradient in a probe pass; the message names it.
@@ -157,12 +179,14 @@ class Encoder:
         max_batch_tokens: int = 8192,
         head_chunk_tokens: int = 1024,
         objective: Objective = cross_entropy,
+        length_step: int = 1,
     ) -> None:
         self.loaded = loaded
         self.layout = layout
         self.max_batch_tokens = max_batch_tokens
         self._head_chunk_tokens = head_chunk_tokens
         self._objective = objective
+        self._length_step = length_step
         self._capture = Capture(loaded, layout, factors)
         self._one_by_one = False
         self._probe()
@@ -243,7 +267,8 @@ class Encoder:
         """
         self._check(examples)
         for batch in self._batches(examples):
-            length = padded_length(max(len(examples[index].tokens) for index in batch))
+            longest = max(len(examples[index].tokens) for index in batch)
+            length = padded_length(longest, step=self._length_step, limit=self.loaded.max_tokens)
             indices = self.loaded.ranks.mine(batch)
             tokens_BT, is_target_BT = self._pad([examples[index] for index in indices], length)
             num_examples, num_tokens = tokens_BT.shape
@@ -265,7 +290,8 @@ class Encoder:
         if self._one_by_one:
             return iter([[index] for index in range(len(examples))])
         max_batch_tokens = self.max_batch_tokens * self.loaded.ranks.num_dealt
-        return plan_batches([len(example.tokens) for example in examples], max_batch_tokens)
+        lengths = [len(example.tokens) for example in examples]
+        return plan_batches(lengths, max_batch_tokens, step=self._length_step, limit=self.loaded.max_tokens)
 
     def _pad(self, batch: Sequence[Example], length: int) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, T] and target mask bool [B, T], with dummy examples where B * T would be too small."""

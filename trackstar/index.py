@@ -112,11 +112,13 @@ class Index:
             )
         return loaded
 
-    def encoder(self, loaded: LoadedModel) -> Encoder:
-        """An encoder that makes rows of the same kind as the index holds."""
+    def encoder(self, loaded: LoadedModel, *, length_step: int = 1) -> Encoder:
+        """An encoder that makes rows of the same kind as the index holds; `length_step` as of `Encoder`."""
         correction = load_correction(self.root / "correction.safetensors")
         factors = fold_factors(loaded, self.layout, correction, seed=self.facts["projection"]["seed"])
-        return Encoder(loaded, self.layout, factors, max_batch_tokens=self.facts["max_batch_tokens"])
+        return Encoder(
+            loaded, self.layout, factors, max_batch_tokens=self.facts["max_batch_tokens"], length_step=length_step
+        )
 
 
 def save_correction(path: Path, correction: Correction) -> None:

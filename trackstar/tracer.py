@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trackstar.codes import negate
 from trackstar.dual import Dual, make_code, make_duals
-from trackstar.encode import Encoder, Example
+from trackstar.encode import QUERY_LENGTH_STEP, Encoder, Example
 from trackstar.errors import InvalidRequest
 from trackstar.evidence import make_evidence, overlap, words_of
 from trackstar.generation import Generation
@@ -40,7 +40,7 @@ class Tracer:
         self.loaded = loaded
         self.rows = index.rows()
         self.generation: Generation = index.generation(generation, rows=self.rows)
-        self.encoder: Encoder = index.encoder(loaded)
+        self.encoder: Encoder = index.encoder(loaded, length_step=QUERY_LENGTH_STEP)
         self.reranker = Reranker(self.rows, self.generation)
 
     @classmethod

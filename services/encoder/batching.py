@@ -37,7 +37,8 @@ class TokenBatcher(Generic[Item, Result]):
         run: does one batch; one result or exception for each item, in order. If it fails itself, all do.
         max_tokens: tokens of a batch.
         max_waiting_tokens: tokens that may wait.
-        lanes: batches under way at once, so that one prepares or finishes while another holds the model.
+        lanes: batches under way at once; with more than one, one can finish while another holds the model, but each is
+            smaller.
         on_batch: hears of each batch: number of items and of tokens.
     """
 
@@ -47,7 +48,7 @@ class TokenBatcher(Generic[Item, Result]):
         *,
         max_tokens: int,
         max_waiting_tokens: int,
-        lanes: int = 2,
+        lanes: int = 1,
         on_batch: Callable[[int, int], None] = lambda _items, _tokens: None,
     ) -> None:
         self._run = run

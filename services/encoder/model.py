@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from trackstar.complete import Completion, complete
-from trackstar.tail_patch import PatchEffect, PatchStep, TailPatcher
 
-from trackstar.encode import Encoder, Example
+from trackstar.complete import Completion, complete
+from trackstar.encode import QUERY_LENGTH_STEP, Encoder, Example
 from trackstar.index import Index
 from trackstar.model import LoadedModel
+from trackstar.tail_patch import PatchEffect, PatchStep, TailPatcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class ModelWorker:
 
     def __init__(self, index: Index, loaded: LoadedModel) -> None:
         self._loaded = loaded
-        self._encoder: Encoder = index.encoder(loaded)
+        self._encoder: Encoder = index.encoder(loaded, length_step=QUERY_LENGTH_STEP)
         self._patcher: TailPatcher | None = None
 
     def encode(self, examples: Sequence[Example]) -> Rows:

@@ -309,6 +309,34 @@ def test_a_module_without_gradient_is_named(tmp_path: Path) -> None:
         encoder_of(loaded)
 
 
+def test_padding_never_exceeds_the_window(tmp_path: Path) -> None:
+    assert padded_length(1000) == 1008
+    assert padded_length(1000, limit=1000) == 1000
+    assert padded_length(9, step=8, limit=12) == 12
+    # A window that no step divides, and positions that are looked up.
+    loaded = tiny.load(tiny.save_model(tmp_path, "gpt2", n_positions=50))
+    layout = layout_of(loaded)
+    factors = fold_factors(loaded, layout, ones(loaded), seed=SEED)
+    encoder = Encoder(loaded, layout, factors, length_step=8)
+    assert encoder.encode(examples(lengths=((50, 1), (49, 1)))).rows_ND.shape == (2, layout.dim)
+
+
+def test_longer_steps_change_rows_by_rounding_only(tmp_path: Path) -> None:
+    loaded = tiny.load(tiny.save_model(tmp_path, "llama"))
+    layout = layout_of(loaded)
+    factors = fold_factors(loaded, layout, ones(loaded), seed=SEED)
+    batch = examples()
+    alone = Encoder(loaded, layout, factors)
+    expected = alone.encode(batch)
+    alone.close()
+    stepped = Encoder(loaded, layout, factors, length_step=8)
+    found = stepped.encode(batch)
+    assert relative_error(found.rows_ND, expected.rows_ND.double()) < 1e-5
+    # Still the same bits whoever else is in the batch.
+    for index, example in enumerate(batch):
+        assert torch.equal(stepped.encode([example]).rows_ND[0], found.rows_ND[index])
+
+
 def test_padded_length_is_close_and_monotone() -> None:
     lengths = [padded_length(length) for length in range(1, 5000)]
     assert all(length <= padded <= length * 33 / 32 for length, padded in enumerate(lengths, start=1))
