@@ -67,10 +67,15 @@ class ModelWorker:
         """What the model itself says after the prompt, greedily."""
         return complete(self._loaded.model, prompt, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
 
-    def tail_patch(self, query: Example, passage: Example, step: PatchStep) -> PatchEffect:
-        """What one training step on the passage does to the query's target; on a copy that is made at first use."""
+    def copy_for_steps(self) -> None:
+        """Make the copy that steps are taken on, unless it is there; the model must not run meanwhile."""
         if self._patcher is None:
             self._patcher = TailPatcher(self._loaded.model)
+
+    def tail_patch(self, query: Example, passage: Example, step: PatchStep) -> PatchEffect:
+        """What one training step on the passage does to the query's target, measured on the copy."""
+        self.copy_for_steps()
+        assert self._patcher is not None
         return self._patcher.measure(query, [passage], step)[0]
 
 
@@ -98,8 +103,11 @@ class LocalModel:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """See `ModelBackend.call`."""
-        thread = self._patching if method == "tail_patch" else self._serving
-        return await asyncio.get_running_loop().run_in_executor(thread, getattr(self._worker, method), *arguments)
+        loop, work = asyncio.get_running_loop(), getattr(self._worker, method)
+        if method != "tail_patch":
+            return await loop.run_in_executor(self._serving, work, *arguments)
+        await loop.run_in_executor(self._serving, self._worker.copy_for_steps)
+        return await loop.run_in_executor(self._patching, work, *arguments)
 
     async def close(self) -> None:
         """See `ModelBackend.close`."""

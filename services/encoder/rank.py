@@ -34,5 +34,5 @@ class RankWorker(ModelWorker):
             UnsupportedModel: always.
         """
         raise UnsupportedModel(
-            "a training step needs the whole model in one process; verify with an encoder of one rank"
+            "a training step needs the whole model in one process; a gang's leader takes it on a copy of its own"
         )

@@ -33,15 +33,20 @@ class EncoderReplica:
         model: ModelBackend
         if config.gang.ranks > 1:
             from services.encoder.gang import Gang
+            from services.encoder.gang_copy import GangWithCopy
             from services.encoder.rank import RankWorker
 
-            model = self._gang = Gang(
+            self._gang = Gang(
                 RankWorker,
                 config,
                 ranks=config.gang.ranks,
                 strategy=config.gang.strategy,
                 cpus=config.gang.cpus,
                 gpus=config.gang.gpus,
+            )
+            model = GangWithCopy(
+                self._gang,
+                lambda: index.load_model(config.model, trust_remote_code=config.trust_remote_code).model,
             )
         else:
             loaded = index.load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)

@@ -180,10 +180,14 @@ def test_a_gang_gives_the_same_answer(gang: GatewayProcess, system: System) -> N
     check_all(gang, system)
 
 
-def test_passages_are_verified_through_ray(system: System) -> None:
-    with Client(system.gateway.address, timeout_seconds=60) as client:
-        found = client.verify(*demo_index.QUERIES[0], [3, 5])
-        assert [effect.passage_id for effect in found.effects] == [3, 5]
+def test_passages_are_verified_through_ray_by_one_actor_and_by_a_gang(gang: GatewayProcess, system: System) -> None:
+    found = []
+    for gateway in (system.gateway, gang):
+        with Client(gateway.address, timeout_seconds=60) as client:
+            effects = client.verify(*demo_index.QUERIES[0], [3, 5]).effects
+            assert [effect.passage_id for effect in effects] == [3, 5]
+            found.append([effect.loss_after for effect in effects])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("title", ["ray::ServeReplica:trackstar:Encoder", "ray::ServeReplica:trackstar:Reranker"])
