@@ -13,6 +13,8 @@ The state numbers its parameters in the order of the parameter groups and (witho
 they are. The Trainer puts parameters with weight decay first; which those are changed between its versions, so the
 known groupings are tried in turn and the first whose group sizes and shapes all fit is taken. Tied weights appear once.
 
+`read_adam_moments` gives both of Adam's moments as they are stored, to continue training from.
+
 It does not read sharded states (DeepSpeed, FSDP shards), 8-bit states, or gradients.
 """
 
@@ -52,6 +54,17 @@ class OptimizerMoments:
     eps: float
     full: dict[str, Tensor]
     factored: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamMoments:
+    """Both moments of one parameter after `step` steps, not corrected for their start, in the parameter's own shape."""
+
+    first: Tensor
+    second: Tensor
+    step: float
+    betas: tuple[float, float]
+    eps: float
 
 
 def transposed_parameters(model: nn.Module) -> frozenset[str]:
@@ -134,6 +147,44 @@ def read_optimizer(path: Path, model: nn.Module, wanted: Collection[str] | None 
         full=full,
         factored=factored,
     )
+
+
+def read_adam_moments(path: Path, model: nn.Module) -> dict[str, AdamMoments]:
+    """Adam's moments by parameter name; parameters that never received a gradient are left out.
+
+    Args:
+        path: the checkpoint folder or optimizer.pt; large tensors stay on disk, memory-mapped.
+        model: the model the state should belong to; only names and shapes are looked at.
+
+    Raises:
+        NotFound, CorruptArtifact, Incompatible: as `read_optimizer`.
+        InvalidRequest: another optimizer than Adam or AdamW wrote it, or one with AMSGrad.
+    """
+    path = find_optimizer(path)
+    groups, states = _open(path)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found: dict[str, AdamMoments] = {}
+    for index, (name, group) in _parameter_names(groups, states, model, shapes).items():
+        state = states.get(index)
+        if not state:
+            continue
+        if "max_exp_avg_sq" in state or not {"exp_avg", "exp_avg_sq"} <= state.keys():
+            raise InvalidRequest(
+                f"the optimizer state {str(path)!r} is not that of Adam or AdamW without AMSGrad, so it cannot be "
+                "carried on; take a step from a fresh state instead"
+            )
+        step = state.get("step", group.get("step"))
+        if step is None or "betas" not in group:
+            raise _lacks_step(path)
+        beta1, beta2 = group["betas"]
+        found[name] = AdamMoments(
+            first=state["exp_avg"],
+            second=state["exp_avg_sq"],
+            step=float(step),
+            betas=(float(beta1), float(beta2)),
+            eps=float(group.get("eps", 1e-8)),
+        )
+    return found
 
 
 def _open(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
@@ -239,12 +290,16 @@ def _adam(state: dict[str, Any], group: dict[str, Any], shape: tuple[int, ...], 
         return torch.zeros(shape)
     step = state.get("step", group.get("step"))
     if step is None or "betas" not in group:
-        raise CorruptArtifact(
-            f"the optimizer state {str(path)!r} lacks the step count or betas of Adam, so it cannot be corrected"
-        )
+        raise _lacks_step(path)
     correction = 1.0 - float(group["betas"][1]) ** float(step)
     # After tens of thousands of steps there is nothing to correct, and the memory map needs no copy.
     return moment.float() if correction in (0.0, 1.0) else (moment.double() / correction).float()
+
+
+def _lacks_step(path: Path) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"the optimizer state {str(path)!r} lacks the step count or betas of Adam, so it cannot be corrected"
+    )
 
 
 def _factors(state: dict[str, Any], shape: tuple[int, ...], keys: tuple[str, str]) -> tuple[Tensor, Tensor]:
