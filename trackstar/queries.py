@@ -109,13 +109,11 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
     if not query.target.strip():
         raise InvalidRequest(f"query {query.query_id!r}: the target is empty; say which words are to be explained")
     text = query.prompt + _joint(query.prompt, query.target) + query.target
-    prompt_ids, ids = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (query.prompt, text)
-    )
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
-    if shared == len(ids):
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = _num_shared(query.prompt, ids, tokenizer)
+    if first == len(ids):
         raise InvalidRequest(f"query {query.query_id!r}: the target {query.target!r} tokenises to nothing")
-    return _example(ids, shared, query.query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens)
+    return _example(ids, first, query.query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens)
 
 
 def tokenize_span(
@@ -131,8 +129,9 @@ def tokenize_span(
 ) -> SpanExample:
     """Tokens of prompt and completion up to the end of a span, with the loss on the tokens that overlap the span.
 
-    Prompt and completion are joined and tokenised as by `tokenize`. What follows the span is cut off: a causal model's
-    loss on the span does not depend on it.
+    Prompt and completion are joined and tokenised as by `tokenize`. A span from the very beginning starts where the
+    target does there, so the whole completion gives the same example. What follows the span is cut off: a causal
+    model's loss on the span does not depend on it.
 
     Args:
         prompt: what the model was given.
@@ -165,17 +164,23 @@ def tokenize_span(
         prompt + joint + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    # The space that joins the two belongs to a span from the very beginning, as it does to a target.
-    begin = base + start if start else len(prompt)
-    chosen = [token for token, (first, last) in enumerate(offsets) if first < base + end and last > begin]
-    if not chosen:
+    chosen = [token for token, (first, last) in enumerate(offsets) if first < base + end and last > base + start]
+    first = chosen[0] if start and chosen else _num_shared(prompt, ids, tokenizer)
+    last = len(ids) - 1 if end == len(completion) else max(chosen, default=-1)
+    if last < first or (start and not chosen):
         raise InvalidRequest(f"query {query_id!r}: the span tokenises to nothing", field="query.span")
-    first, last = chosen[0], chosen[-1]
+    # Some tokenizers leave white space out of a token's place; the span as given is within what is explained anyway.
     return SpanExample(
         example=_example(ids[: last + 1], first, query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens),
-        start=max(0, offsets[first][0] - base),
-        end=max(offset[1] for offset in offsets[first : last + 1]) - base,
+        start=max(0, min(start, offsets[first][0] - base)),
+        end=max(end, *(place[1] - base for place in offsets[first : last + 1])),
     )
+
+
+def _num_shared(prompt: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Leading tokens of `ids` that the prompt alone has too."""
+    prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
 
 
 def _joint(prompt: str, continuation: str) -> str:

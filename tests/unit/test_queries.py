@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, PythonBackend
 
 from tests import tiny
 from trackstar.errors import InvalidRequest, NotFound
@@ -307,6 +307,14 @@ def covering_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
+def trimming_tokenizer() -> PreTrainedTokenizerBase:
+    """The same with places that leave white space out, as GPT-NeoX has them."""
+    tokenizer = covering_tokenizer()
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
 @pytest.mark.parametrize(("prompt", "completion"), SENTENCES)
 def test_a_whole_completion_is_a_target(prompt: str, completion: str) -> None:
     tokenizer = covering_tokenizer()
@@ -334,6 +342,92 @@ def test_every_span_snaps_outwards_to_tokens_and_cuts_off_what_follows(prompt: s
             assert found.example.tokens.tolist() == whole.tokens[: len(found.example.tokens)].tolist()
             explained = tokenizer.decode(found.example.tokens[found.example.first_target :].tolist())
             assert completion[start:end].strip() in explained
+
+
+_TEXT = st.text(alphabet="Paris ofcue.,\n\t Züö🙂漢字\u00a0e\u0301", min_size=1, max_size=14)
+_TOKENIZERS = {"bytes": BYTES, "covering": covering_tokenizer(), "prepending": SPACED, "trimming": trimming_tokenizer()}
+
+
+@pytest.mark.parametrize("name", _TOKENIZERS)
+@given(prompt=st.just("") | _TEXT, completion=_TEXT.filter(str.strip))
+def test_any_whole_completion_is_a_target(name: str, prompt: str, completion: str) -> None:
+    """Tokens and where the target starts, or both are refused."""
+    tokenizer = _TOKENIZERS[name]
+    asked = Query(query_id="q", prompt=prompt, target=completion)
+    try:
+        expected = tokenize(asked, tokenizer, add_bos=True, max_tokens=200)
+    except InvalidRequest:
+        with pytest.raises(InvalidRequest):
+            tokenize_span(prompt, completion, 0, len(completion), tokenizer, add_bos=True, max_tokens=200)
+        return
+    found = tokenize_span(prompt, completion, 0, len(completion), tokenizer, add_bos=True, max_tokens=200)
+    assert found.example.tokens.tolist() == expected.tokens.tolist()
+    assert found.example.first_target == expected.first_target
+    assert (found.start, found.end) == (0, len(completion))
+
+
+@pytest.mark.parametrize("name", ["bytes", "covering", "trimming"])
+@given(prompt=_TEXT, completion=_TEXT.filter(str.strip), data=st.data())
+def test_the_tokens_of_any_span_bring_all_of_it_and_no_token_more(
+    name: str, prompt: str, completion: str, data: st.DataObject
+) -> None:
+    """Byte by byte, white space at the ends of the span apart: tokenizers may leave it out of a token's place."""
+    tokenizer = _TOKENIZERS[name]
+    start = data.draw(st.integers(1, len(completion)), label="start")
+    end = data.draw(st.integers(0, len(completion)), label="end")
+    if start >= end or not completion[start:end].strip():
+        return
+    found = tokenize_span(prompt, completion, start, end, tokenizer, add_bos=True, max_tokens=200)
+    assert 0 <= found.start <= start < end <= found.end <= len(completion)
+    before = prompt + ("" if prompt[-1].isspace() or completion[0].isspace() else " ") + completion[:start]
+    span = completion[start:end]
+    pieces = tokenizer.convert_ids_to_tokens(found.example.tokens[1:].tolist())
+    borders = [0, *np.cumsum([len(piece) for piece in pieces]).tolist()]  # a piece has one character for every byte
+    first, last = found.example.first_target - 1, len(pieces) - 1
+    begin, stop = len(before.encode()), len((before + span).encode())
+    assert borders[first] <= begin + len(span.encode()) - len(span.lstrip().encode())
+    assert borders[first + 1] > begin
+    assert borders[last + 1] >= stop - len(span.encode()) + len(span.rstrip().encode())
+    assert borders[last] < stop
+
+
+def test_trimmed_places_of_tokens_still_hold_the_span() -> None:
+    """Some tokenizers leave a token's leading space out of its place."""
+    found = tokenize_span("one", "two  three four", 4, 9, trimming_tokenizer(), add_bos=True, max_tokens=99)
+    assert found.start <= 4
+    assert found.end >= 9
+
+
+def test_what_follows_the_span_does_not_count_towards_the_window() -> None:
+    tokenizer = covering_tokenizer()
+    short = tokenize_span("The capital", "of France is Paris", 3, 9, tokenizer, add_bos=True, max_tokens=99).example
+    again = tokenize_span(
+        "The capital", "of France is" + " Paris" * 99, 3, 9, tokenizer, add_bos=True, max_tokens=len(short.tokens)
+    ).example
+    assert again.tokens.tolist() == short.tokens.tolist()
+    assert again.first_target == short.first_target
+    with pytest.raises(InvalidRequest, match="more than the window"):
+        tokenize_span("The capital", "of France is", 3, 9, tokenizer, add_bos=True, max_tokens=len(short.tokens) - 1)
+
+
+def test_a_tokenizer_that_does_not_know_where_its_tokens_lie_is_refused() -> None:
+    class Slow(PythonBackend):
+        vocab_size = 128
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(code): code for code in range(128)}
+
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return ord(token)
+
+    slow: PreTrainedTokenizerBase = Slow()  # type: ignore[no-untyped-call]
+    tokenize(query("ab", "cd"), slow, add_bos=False, max_tokens=20)
+    with pytest.raises(InvalidRequest, match="give a target instead of a span") as caught:
+        tokenize_span("ab", "cd", 0, 1, slow, add_bos=False, max_tokens=20)
+    assert caught.value.field == "query.span"
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (3, 2), (0, 6), (5, 6)])
