@@ -214,17 +214,17 @@ class RowStore:
             self.dim: int = totals["dim"]
             self.dtype: str = totals["dtype"]
             self.digest: str = totals["digest"]
-            num_shards: int = totals["num_shards"]
+            self.num_shards: int = totals["num_shards"]
         except (KeyError, TypeError) as error:
             raise CorruptArtifact(
                 f"{str(folder / 'complete.json')!r} does not hold the totals of the rows; delete it and give the index "
                 "command again"
             ) from error
         self.receipts = finished_shards(folder)
-        if len(self.receipts) != num_shards:
+        if len(self.receipts) != self.num_shards:
             raise CorruptArtifact(
-                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {num_shards} were finished; give "
-                "the index command again to rebuild what is missing"
+                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {self.num_shards} were finished; "
+                "give the index command again to rebuild what is missing"
             )
         if _digest(self.receipts) != self.digest:
             raise CorruptArtifact(
@@ -346,9 +346,14 @@ class RowStore:
     def column(self, name: str) -> NDArray[Any]:
         """One numeric or string column of all sidecars, in passage order."""
         shards = [receipt.shard for receipt in self.receipts]
-        tables = each(self.folder, lambda shard: self._read_column(shard, name), shards)
+        tables = each(self.folder, lambda shard: self.shard_column(shard, name), shards)
         values: NDArray[Any] = pa.chunked_array([chunk for table in tables for chunk in table.chunks]).to_numpy()
         return values
+
+    def shard_column(self, shard: int, name: str) -> pa.ChunkedArray:
+        """One column of one sidecar, as Arrow holds it."""
+        with self._sidecar(shard) as file:
+            return file.read(columns=[name]).column(name)
 
     def _locate(self, passage_id: int) -> tuple[int, int]:
         if not 0 <= passage_id < self.num_passages:
@@ -402,12 +407,8 @@ class RowStore:
         return size, pq.read_metadata(path.ranged(size))
 
     def _read_checksums(self, shard: int) -> NDArray[np.uint32]:
-        found: NDArray[np.uint32] = self._read_column(shard, "crc32").to_numpy()
+        found: NDArray[np.uint32] = self.shard_column(shard, "crc32").to_numpy()
         return found
-
-    def _read_column(self, shard: int, name: str) -> pa.ChunkedArray:
-        with self._sidecar(shard) as file:
-            return file.read(columns=[name]).column(name)
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         with self._sidecar(shard) as file:
