@@ -83,7 +83,11 @@ class Catalog:
         """
         known = self.finished()
         if name not in known:
-            raise NotFound(f"{str(self.root)!r} has no generation {name!r}; it has {', '.join(known) or 'none'}")
+            raise NotFound(
+                f"{str(self.root)!r} has no generation {name!r}; it has {', '.join(known) or 'none'}",
+                kind="generation",
+                name=name,
+            )
         return self._generations / name
 
     def describe(self, name: str) -> GenerationFacts:

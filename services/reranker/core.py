@@ -179,7 +179,11 @@ class RerankerCore:
     def _check_ids(self, ids: NDArray[np.int64]) -> None:
         bad = ids[(ids < 0) | (ids >= self._rows.num_passages)]
         if len(bad):
-            raise NotFound(f"there is no passage {bad[0]}; the index holds passages 0 to {self._rows.num_passages - 1}")
+            raise NotFound(
+                f"there is no passage {bad[0]}; the index holds passages 0 to {self._rows.num_passages - 1}",
+                kind="passage",
+                name=str(bad[0]),
+            )
 
     def _evidence(
         self,
