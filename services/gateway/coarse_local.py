@@ -10,7 +10,6 @@ from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.code_store import CodeStore, fill
 from trackstar.errors import CorruptArtifact, NotReady
-from trackstar.milvus import MilvusLiteIndex
 
 
 def local_coarse(catalog: Catalog) -> Callable[[GenerationFacts], CoarseIndex]:
@@ -29,6 +28,9 @@ def local_coarse(catalog: Catalog) -> Callable[[GenerationFacts], CoarseIndex]:
 
 
 def _milvus_lite(home: Path, facts: GenerationFacts) -> CoarseIndex:
+    # Only where it is used: a gateway over a Milvus server goes without the embedded one.
+    from trackstar.milvus import MilvusLiteIndex
+
     assert facts.spec is not None
     if not (home / "coarse" / "receipt.json").is_file():
         raise NotReady(f"generation {facts.name!r} has no coarse index; give the index command again")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -24,3 +26,13 @@ def test_the_gateway_example_is_taken() -> None:
     settings = config.load(_EXAMPLES / "gateway.yaml", {})
     assert settings.backends.application == "trackstar"
     assert settings.milvus.address is None
+
+
+def test_a_gateway_of_its_own_needs_neither_torch_nor_an_embedded_milvus() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'ray', 'milvus_lite'): sys.modules[name] = None\n"
+        "import services.gateway.remote_assembly, services.commands, trackstar.cli, trackstar.client\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
