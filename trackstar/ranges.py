@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from trackstar.blobs import RemotePath
-from trackstar.errors import NotFound
+from trackstar.errors import NotFound, NotReady
 from trackstar.object_store import REQUEST_BYTES, ObjectStore
 
 Place = TypeVar("Place", contravariant=True)
@@ -33,7 +33,7 @@ class RangeReader(Protocol[Place]):
 
         Raises:
             NotFound: a file is missing.
-            NotReady: the store does not answer in time.
+            NotReady: the store does not answer in time, or the disk not at all.
         """
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class LocalRanges:
 
     def read_into(self, pieces: Sequence[tuple[Path, int, memoryview]]) -> list[int]:
         """See `RangeReader.read_into`."""
-        return [os.preadv(self._descriptor(path), [view], offset) for path, offset, view in pieces]
+        return [self._read_one(path, offset, view) for path, offset, view in pieces]
 
     def close(self) -> None:
         """Close the open files."""
@@ -57,6 +57,16 @@ class LocalRanges:
             for descriptor in self._files.values():
                 os.close(descriptor)
             self._files.clear()
+
+    def _read_one(self, path: Path, offset: int, view: memoryview) -> int:
+        try:
+            return os.preadv(self._descriptor(path), [view], offset)
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no {str(path)!r}") from error
+        except OSError as error:
+            raise NotReady(
+                f"{str(path)!r} cannot be read now ({error.strerror}); the same request can succeed once it can be"
+            ) from error
 
     def _descriptor(self, path: Path) -> int:
         found = self._files.get(path)
@@ -69,10 +79,7 @@ class LocalRanges:
 
     @staticmethod
     def _open(path: Path) -> int:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise NotFound(f"there is no {str(path)!r}") from error
+        descriptor = os.open(path, os.O_RDONLY)
         # Candidates are scattered; read-ahead would fetch 30 times the bytes.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         return descriptor

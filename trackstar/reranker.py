@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trackstar.errors import CorruptArtifact
 from trackstar.generation import Generation
-from trackstar.rows import RowStore
+from trackstar.rows import FileState, RowStore
 
 # Below this share of a shard's rows, reading them one by one moves fewer bytes than reading the shard.
 _SPARSE = 1 / 8
@@ -58,8 +59,9 @@ class Reranker:
         self.generation = generation
         self._background_ND = generation.background_rows_ND.float()
         self._background_norms_N = generation.norms_N[generation.background_ids]
-        # Scans check no single rows as reranking does, so the first one compares every shard with its digest.
-        self._verified: set[int] = set()
+        # Scans check no single rows as reranking does, so the first one compares every shard with its digest, and a
+        # later one those whose files are no longer what they were then.
+        self._verified: dict[int, FileState | None] = {}
 
     def rerank(self, dual_d: Tensor, ids: NDArray[np.int64], *, sign: float, k: int) -> Ranking:
         """The best k of the candidates `ids` (by lowest score if `sign` is negative).
@@ -121,8 +123,11 @@ class Reranker:
         count = self.rows.receipts[shard].num_passages
         if len(ids) < _SPARSE * count:
             return self.rows.read(ids)
-        rows_ND = self.rows.shard(shard, verify=shard not in self._verified)
-        self._verified.add(shard)
+        state = self.rows.state(shard)
+        rows_ND = self.rows.shard(shard, verify=shard not in self._verified or self._verified[shard] != state)
+        if self.rows.state(shard) != state:
+            raise CorruptArtifact(f"shard {shard} of the rows was written to while it was read")
+        self._verified[shard] = state
         chosen = rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - shard * self.rows.shard_passages)]
         return chosen.float()
 

@@ -8,7 +8,8 @@
 `passage_id` is the global row number, so shard and offset follow by arithmetic: every shard but the last holds exactly
 `shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, or
 ranged requests where the folder lies in an object store, and each is checked against its CRC, pages of the sidecar
-against theirs; whole shards are read in order by `batches`. Writing needs a local folder.
+against theirs; whole shards are read in order by `batches`. A local sidecar that is not the file it was when the store
+was opened is compared with its digest again. Writing needs a local folder.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ _MAX_HEADER = 1 << 20
 _AGAIN = "give the index command again with --verify to build this shard anew"
 # Of the sidecars in an object store, the footers that are kept; those of local files are read each time.
 _KEPT_FOOTERS = 1024
+# What tells a local file from another, or from itself before it was written to: device, inode, size, time in ns.
+FileState = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +199,7 @@ class RowStore:
     """Read access to finished rows; safe to use from several threads, but not while `close` runs.
 
     Raises:
-        NotReady: the rows are not complete, or the object store that holds them does not answer.
+        NotReady: the rows are not complete, or what holds them does not answer or cannot be read.
         CorruptArtifact: a file does not have the size, shape or type its receipt and totals say.
     """
 
@@ -234,6 +237,8 @@ class RowStore:
         self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
         self._paths = [_stem(folder, receipt.shard).with_suffix(".safetensors") for receipt in self.receipts]
         self._offsets = each(folder, self._open_header, self.receipts)
+        self._sidecars = [path.with_suffix(".parquet") for path in self._paths]
+        self._sidecar_states = [_state(path) for path in self._sidecars]
         self._checksums = lru_cache(maxsize=4096)(self._read_checksums)
         self._footers = lru_cache(maxsize=_KEPT_FOOTERS)(self._read_footer)
 
@@ -246,7 +251,7 @@ class RowStore:
 
         Raises:
             NotFound: an id is out of range.
-            NotReady: the object store does not answer.
+            NotReady: the object store does not answer, or the disk.
             CorruptArtifact: a row's bytes are not those that were written.
         """
         places = [self._locate(int(passage_id)) for passage_id in passage_ids]
@@ -286,10 +291,15 @@ class RowStore:
         else:
             if verify:
                 self.verify(shard)
-            raw = np.fromfile(path, dtype=np.uint8, offset=self._offsets[shard])
+            with _reading(path):
+                raw = np.fromfile(path, dtype=np.uint8, offset=self._offsets[shard])
         if raw.size != count * self._row_bytes:
             raise self._corrupt(shard, f"it holds {raw.size:,} bytes of rows, {count * self._row_bytes:,} expected")
         return torch.from_numpy(raw).view(ROW_DTYPES[self.dtype]).view(count, self.dim)
+
+    def state(self, shard: int) -> FileState | None:
+        """Changes when the file of a shard's rows is replaced or written to; None for objects, which never are."""
+        return _state(self._paths[shard])
 
     def verify(self, shard: int) -> None:
         """Compare both files of a shard with the digests in its receipt; raises as `verify_files`."""
@@ -382,7 +392,11 @@ class RowStore:
 
     @contextmanager
     def _sidecar(self, shard: int) -> Iterator[pq.ParquetFile]:
-        path = self._paths[shard].with_suffix(".parquet")
+        path, receipt = self._sidecars[shard], self.receipts[shard]
+        state = _state(path)
+        if state != self._sidecar_states[shard]:
+            _compare(path, _digest_of_file(path), receipt.sidecar_digest)
+            self._sidecar_states[shard] = state
         try:
             if isinstance(path, RemotePath):
                 size, footer = self._footers(path)
@@ -394,11 +408,15 @@ class RowStore:
             with opened as file:
                 if not file.schema_arrow.equals(_SCHEMA):
                     raise _corrupt(path, "it has other columns")
+                if file.metadata.num_rows != receipt.num_passages:
+                    raise _corrupt(path, f"it holds {file.metadata.num_rows:,} passages")
                 yield file
         except (FileNotFoundError, NotFound) as error:
             raise _corrupt(path, "the file is missing") from error
-        # Arrow reports damaged bytes as any of these.
+        # Arrow reports damaged bytes as any of these, and what the system refuses with its number.
         except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _unreadable(path, error) from error
             raise _corrupt(path, "it is unreadable") from error
 
     @staticmethod
@@ -418,13 +436,11 @@ class RowStore:
         """Validate the header and size of a shard; returns the offset of its first row."""
         path = self._paths[receipt.shard]
         try:
-            with path.open("rb") as stream:
+            with _reading(path), path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 found = json.loads(stream.read(min(length, _MAX_HEADER)))["rows"]
                 found = {"dtype": found["dtype"], "shape": found["shape"]}
                 size = stream.seek(0, os.SEEK_END)
-        except (FileNotFoundError, NotFound) as error:
-            raise self._corrupt(receipt.shard, "the file is missing") from error
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise self._corrupt(receipt.shard, "its header is unreadable") from error
         expected = {"dtype": _HEADER_NAMES[self.dtype], "shape": [receipt.num_passages, self.dim]}
@@ -442,11 +458,36 @@ class RowStore:
         return _corrupt(self._paths[shard], what)
 
 
-def _digest_of_file(path: Location) -> str:
+def _state(path: Location) -> FileState | None:
+    """None for an object, and for a file that is missing: opening it says so."""
+    if isinstance(path, RemotePath):
+        return None
     try:
+        with _reading(path):
+            found = path.stat()
+    except CorruptArtifact:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest_of_file(path: Location) -> str:
+    with _reading(path):
         return file_digest(path)
-    except NotFound as error:
+
+
+@contextmanager
+def _reading(path: Location) -> Iterator[None]:
+    """What the system says of a file, as an error of ours."""
+    try:
+        yield
+    except (FileNotFoundError, NotFound) as error:
         raise _corrupt(path, "the file is missing") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Location, error: OSError) -> NotReady:
+    return NotReady(f"{str(path)!r} cannot be read now ({error.strerror}); the same request can succeed once it can be")
 
 
 def _compare(path: Location, found: str, expected: str) -> None:

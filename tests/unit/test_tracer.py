@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests import tiny
 from tests.unit.test_encode import weight_gradients
 from trackstar.build import build_index, make_config
 from trackstar.encode import Example
-from trackstar.errors import InvalidRequest
+from trackstar.errors import CorruptArtifact, InvalidRequest
 from trackstar.index import load_correction
 from trackstar.projection import normal_factor
 from trackstar.queries import tokenize
@@ -193,6 +194,24 @@ def test_a_masked_scan_ranks_what_the_mask_leaves(density: float, opened: Tracer
             kept = mask_N[ranking.ids]
             assert found.ids.tolist() == ranking.ids[kept][:7].tolist()
             np.testing.assert_allclose(found.scores, ranking.scores[kept][:7], atol=1e-7)
+
+
+def test_a_shard_that_is_written_over_between_two_scans_is_not_ranked(opened: Tracer, tmp_path: Path) -> None:
+    copied = Tracer.open(str(shutil.copytree(str(opened.index.root), tmp_path / "copy")))
+    expected = copied.trace(QUERIES[0], k=5, exact=True)
+    shard = tmp_path / "copy" / "rows" / "000001.safetensors"
+    whole = shard.read_bytes()
+    with shard.open("r+b") as stream:
+        stream.seek(len(whole) // 2)
+        stream.write(bytes(64))
+    with pytest.raises(CorruptArtifact, match="000001"):
+        copied.trace(QUERIES[0], k=5, exact=True)
+    with shard.open("r+b") as stream:
+        stream.write(whole)
+    assert [item.score for item in copied.trace(QUERIES[0], k=5, exact=True).proponents] == [
+        item.score for item in expected.proponents
+    ]
+    copied.close()
 
 
 def test_ties_go_to_the_smaller_id() -> None:
