@@ -20,10 +20,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from trackstar.blobs import Location, RemotePath, each
+from trackstar.blobs import Location, RemotePath, each, local
 from trackstar.catalog import Catalog
-from trackstar.coarse import CoarseIndex
-from trackstar.errors import CorruptArtifact, Incompatible, NotFound
+from trackstar.coarse import CoarseIndex, MemoryIndex
+from trackstar.codes import CodeSpec
+from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.storage import file_digest, read_json
 from trackstar.tensor_files import load_arrays
 
@@ -175,3 +176,36 @@ def fill(
         on_rows(shard.first + len(shard.norms), store.num_passages)
     if (count := index.count()) != store.num_passages:
         raise CorruptArtifact(f"the coarse index holds {count} passages after importing {store.num_passages}")
+
+
+def open_coarse(codes: CodeStore, *, store: str, spec: CodeSpec, dim: int) -> CoarseIndex:
+    """The coarse index that lies in the index folder: codes held in memory, or Milvus Lite's database.
+
+    Args:
+        codes: of the generation.
+        store: "memory" or "milvus-lite".
+        spec: kind and size of the codes.
+        dim: d, dimension of the vectors they stand for.
+
+    Raises:
+        NotReady: Milvus Lite was not filled, or is held by another process.
+        CorruptArtifact: a shard is not what was written, or the database does not hold every passage.
+    """
+    if store == "memory":
+        index = MemoryIndex(spec, dim)
+        fill(index, codes)
+        return index
+    # Only where it is used: a gateway over a Milvus server goes without the embedded one.
+    from trackstar.milvus import MilvusLiteIndex
+
+    name, folder = codes.home.name, codes.home / "coarse"
+    if not (folder / "receipt.json").is_file():
+        raise NotReady(f"generation {name!r} has no coarse index; give the index command again")
+    opened = MilvusLiteIndex.open(local(codes.home) / "coarse" / "milvus.db", dim=dim, size=spec.size)
+    if (count := opened.count()) != codes.num_passages:
+        opened.close()
+        raise CorruptArtifact(
+            f"the coarse index of generation {name!r} holds {count} of {codes.num_passages} passages; "
+            f"delete {str(folder)!r} and give the index command again"
+        )
+    return opened

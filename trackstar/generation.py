@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trackstar.blobs import Location, local
-from trackstar.coarse import CoarseIndex, MemoryIndex
+from trackstar.coarse import CoarseIndex
 from trackstar.code_config import CodeConfig as CodeConfig
-from trackstar.code_store import CodeStore, fill
+from trackstar.code_store import CodeStore, fill, open_coarse
 from trackstar.codes import Rotation, encode_codes
-from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
+from trackstar.errors import Incompatible, NotFound, NotReady
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, mix
 from trackstar.milvus import MilvusLiteIndex
 from trackstar.projection import BlockLayout
@@ -162,13 +162,19 @@ def _publish_background(home: Path, rows: RowStore, size: int) -> None:
 class Generation:
     """Read access to one finished generation.
 
+    Args:
+        home: its folder.
+        rows: the rows it was built on.
+        layout: blocks of a row.
+        searched: whether its codes are searched here; if so, those held in memory are read and checked at once.
+
     Raises:
         NotReady: it is not finished.
         Incompatible: it was built on other rows.
         CorruptArtifact: one of its files is not what was written.
     """
 
-    def __init__(self, home: Location, rows: RowStore, layout: BlockLayout) -> None:
+    def __init__(self, home: Location, rows: RowStore, layout: BlockLayout, *, searched: bool = True) -> None:
         try:
             self.facts = read_json(home / "generation.json")
         except NotFound as error:
@@ -190,8 +196,8 @@ class Generation:
         background = self._checked("background.safetensors")
         self.background_ids: NDArray[np.int64] = background["ids"].numpy()
         self.background_rows_ND: Tensor = background["rows"]
-        # Codes held in memory are there, and checked, from the start.
-        self._coarse: CoarseIndex | None = self._open_coarse() if self.code.store == "memory" else None
+        in_memory = searched and self.code.store == "memory"
+        self._coarse: CoarseIndex | None = self._open_coarse() if in_memory else None
         self.norms_N: NDArray[np.float32] = self._codes.norms()
 
     def close(self) -> None:
@@ -222,22 +228,7 @@ class Generation:
         return self._coarse
 
     def _open_coarse(self) -> CoarseIndex:
-        if self.code.store == "memory":
-            index = MemoryIndex(self.spec, self.layout.dim)
-            fill(index, self._codes)
-            return index
-        if not (self.home / "coarse" / "receipt.json").is_file():
-            raise NotReady(f"generation {self.name!r} has no coarse index; give the index command again")
-        opened = MilvusLiteIndex.open(
-            local(self.home) / "coarse" / "milvus.db", dim=self.layout.dim, size=self.spec.size
-        )
-        if (count := opened.count()) != self.rows.num_passages:
-            opened.close()
-            raise CorruptArtifact(
-                f"the coarse index of generation {self.name!r} holds {count} of {self.rows.num_passages} passages; "
-                f"delete {str(self.home / 'coarse')!r} and give the index command again"
-            )
-        return opened
+        return open_coarse(self._codes, store=self.code.store, spec=self.spec, dim=self.layout.dim)
 
     def _checked(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file whose digest is as it should be."""

@@ -76,13 +76,14 @@ class Index:
         """
         return self.catalog.active()
 
-    def generation(self, name: str | None = None, *, rows: RowStore | None = None) -> Generation:
-        """Open a generation, the active one by default.
+    def generation(self, name: str | None = None, *, rows: RowStore | None = None, searched: bool = True) -> Generation:
+        """Open a generation, the active one by default; `searched` as of `Generation`.
 
         Raises:
             NotFound: no generation of that name.
         """
-        return Generation(self.catalog.home(name or self.active()), rows or self.rows(), self.layout)
+        home = self.catalog.home(name or self.active())
+        return Generation(home, rows or self.rows(), self.layout, searched=searched)
 
     def load_model(
         self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False

@@ -103,7 +103,7 @@ class EncoderCore:
         self._max_tokens = max_tokens
         self._model = model
         self._observer = observer or Unobserved()
-        self._generations = OpenedGenerations(index.generation)
+        self._generations = OpenedGenerations(lambda name: index.generation(name, searched=False))
         self._batcher: TokenBatcher[_Job, tuple[Dual, NDArray[np.generic]]] = TokenBatcher(
             self._run, max_tokens=index.facts["max_batch_tokens"], max_waiting_tokens=max_waiting_tokens
         )

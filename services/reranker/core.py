@@ -126,7 +126,7 @@ class RerankerCore:
             return await self._in_thread(lambda: self._read_passages(request))
 
     def _open(self, name: str) -> Reranker:
-        return Reranker(self._rows, self._index.generation(name, rows=self._rows))
+        return Reranker(self._rows, self._index.generation(name, rows=self._rows, searched=False))
 
     async def _in_thread(self, work: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
