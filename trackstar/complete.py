@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trackstar.errors import InvalidRequest
 
@@ -67,3 +67,14 @@ def complete(
             log_probability += float(log_probabilities_V[token])
             text_1T = torch.cat([text_1T, text_1T.new_tensor([[token]])], dim=1)
     return Completion(tokens=np.array(found, dtype=np.int32), log_probability=log_probability)
+
+
+def stop_tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token that ends a text, if the tokenizer has one."""
+    end = tokenizer.eos_token_id
+    return (end,) if isinstance(end, int) else ()
+
+
+def line_of(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a completion says, up to the end of the line."""
+    return str(tokenizer.decode(completion.tokens.tolist())).split("\n")[0].strip()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trackstar.errors import InvalidRequest, NotFound
 from trackstar.passages import begin_token
@@ -114,6 +115,19 @@ def tokenize(query: Query, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool,
     if first == len(ids):
         raise InvalidRequest(f"query {query.query_id!r}: the target {query.target!r} tokenises to nothing")
     return _example(ids, first, query.query_id, tokenizer, add_bos=add_bos, max_tokens=max_tokens)
+
+
+def tokenize_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_bos: bool, max_tokens: int
+) -> NDArray[np.int32]:
+    """Tokens int32 [T] that the model is given to continue: those of a prompt before any target.
+
+    Raises:
+        InvalidRequest: as `tokenize`.
+    """
+    any_target = Query(query_id="completion", prompt=prompt, target="?")
+    example = tokenize(any_target, tokenizer, add_bos=add_bos, max_tokens=max_tokens)
+    return example.tokens[: example.first_target]
 
 
 def tokenize_span(

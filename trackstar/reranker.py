@@ -11,7 +11,6 @@ Legend: N passages, Q queries, d coordinates of a row, b blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,35 +19,13 @@ from torch import Tensor
 
 from trackstar.errors import CorruptArtifact
 from trackstar.generation import Generation
+from trackstar.ranking import Ranking, best
 from trackstar.rows import FileState, RowStore
 
 # Below this share of a shard's rows, reading them one by one moves fewer bytes than reading the shard.
 _SPARSE = 1 / 8
 # Candidates' rows are read and scored so many bytes of float32 at a time: memory that stays in use is warm.
 _READ_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ranking:
-    """Passages in order: int64 ids [k] and float32 scores [k], best first."""
-
-    ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-    @staticmethod
-    def empty() -> Ranking:
-        """No passages."""
-        return Ranking(ids=np.empty(0, np.int64), scores=np.empty(0, np.float32))
-
-    def merge(self, other: Ranking, *, sign: float, k: int) -> Ranking:
-        """The best k of both."""
-        return best(np.concatenate([self.ids, other.ids]), np.concatenate([self.scores, other.scores]), sign=sign, k=k)
-
-
-def best(ids: NDArray[np.int64], scores: NDArray[np.float32], *, sign: float, k: int) -> Ranking:
-    """The k highest (sign > 0) or lowest scores in order; ties go to the smaller id."""
-    order = np.lexsort((ids, -sign * scores))[:k]
-    return Ranking(ids=ids[order], scores=scores[order])
 
 
 class Reranker:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trackstar.codes import negate
-from trackstar.dual import Dual, make_code, make_duals
+from trackstar.codes import encode_codes, negate
+from trackstar.complete import complete, line_of, stop_tokens_of
+from trackstar.dual import Dual, make_duals
 from trackstar.encode import QUERY_LENGTH_STEP, Encoder, Example
 from trackstar.errors import InvalidRequest
 from trackstar.evidence import make_evidence, overlap, words_of
@@ -27,8 +28,9 @@ from trackstar.generation import Generation
 from trackstar.index import Index
 from trackstar.model import LoadedModel
 from trackstar.passages import Passage
-from trackstar.queries import tokenize
-from trackstar.reranker import Ranking, Reranker
+from trackstar.queries import tokenize, tokenize_prompt
+from trackstar.ranking import Ranking
+from trackstar.reranker import Reranker
 from trackstar.results import Evidence, Influence, Query, Trace
 
 
@@ -144,17 +146,13 @@ class Tracer:
 
     def predict(self, prompt: str, *, max_new_tokens: int = 8) -> str:
         """What the model itself says after the prompt, greedily, up to the end of the line."""
-        example = self._tokenize(Query(query_id="prediction", prompt=prompt, target="?"))
-        tokens = torch.from_numpy(example.tokens[: example.first_target].astype(np.int64))[None]
-        eos = self.loaded.tokenizer.eos_token_id
-        with torch.no_grad():
-            for _ in range(max_new_tokens):
-                logits = self.loaded.model(input_ids=tokens.to(self.loaded.model.device), use_cache=False).logits
-                following = int(logits[0, -1].argmax())
-                if following == eos:
-                    break
-                tokens = torch.cat([tokens, torch.tensor([[following]])], dim=1)
-        return self._decode(tokens[0, example.first_target :].tolist()).split("\n")[0].strip()
+        tokenizer = self.loaded.tokenizer
+        given = tokenize_prompt(
+            prompt, tokenizer, add_bos=self.index.facts["add_bos"], max_tokens=self.loaded.max_tokens
+        )
+        wanted = min(max_new_tokens, self.loaded.max_tokens - len(given))
+        found = complete(self.loaded.model, given, max_new_tokens=wanted, stop_tokens=stop_tokens_of(tokenizer))
+        return line_of(found, tokenizer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.loaded.tokenizer.decode(tokens))
@@ -175,7 +173,7 @@ class Tracer:
     def _search(self, duals: Sequence[Dual], signs: Sequence[float], limit: int) -> list[list[NDArray[np.int64]]]:
         """Candidate ids per query and end."""
         spec = self.generation.spec
-        codes = np.concatenate([make_code(spec, self.generation.rotation, dual) for dual in duals])
+        codes = encode_codes(spec, self.generation.rotation, torch.stack([dual.unit_d for dual in duals]))
         ends = [self.generation.coarse.search(codes if sign > 0 else negate(spec, codes), limit)[0] for sign in signs]
         return [[end[query] for end in ends] for query in range(len(duals))]
 

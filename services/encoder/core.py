@@ -24,13 +24,13 @@ from services.encoder.model import ModelBackend, Rows, Shares
 from services.generations import OpenedGenerations
 from services.timing import within
 from services.vectors import to_vector
-from trackstar.complete import Completion
+from trackstar.complete import Completion, line_of, stop_tokens_of
 from trackstar.dual import Dual, make_code, make_duals
 from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, Overloaded
 from trackstar.generation import Generation
 from trackstar.index import Index
-from trackstar.queries import tokenize, tokenize_span
+from trackstar.queries import tokenize, tokenize_prompt, tokenize_span
 from trackstar.results import Query
 from trackstar.tail_patch import PatchStep
 from trackstar.v1 import encoder_pb2, trace_pb2
@@ -119,9 +119,7 @@ class EncoderCore:
         """See `EncoderBackend.encode`."""
         async with within(timeout_seconds, "encoding the query"):
             generation = await self._generations.get(request.generation)
-            completion = ""
-            if request.complete or request.query.WhichOneof("explained") == "own":
-                completion = await self._complete(request.query.prompt, request.query.own.max_new_tokens)
+            completion = await self._completion(request.query, wanted=request.complete)
             example, text = self._read(request.query, completion)
             job = _Job(generation=generation, example=example)
             dual, code = await self._batcher.submit(job, tokens=len(example.tokens))
@@ -146,10 +144,7 @@ class EncoderCore:
         step = PatchStep(optimizer=_OPTIMIZERS[request.optimizer], learning_rate=request.learning_rate)
         response = encoder_pb2.TailPatchResponse()
         async with within(timeout_seconds, "verifying the passages"):
-            completion = ""
-            if request.query.WhichOneof("explained") == "own":
-                completion = await self._complete(request.query.prompt, request.query.own.max_new_tokens)
-            query, _ = self._read(request.query, completion)
+            query, _ = self._read(request.query, await self._completion(request.query, wanted=False))
             slowest = 0.0
             for passage in request.passages:
                 began = time.monotonic()
@@ -197,16 +192,16 @@ class EncoderCore:
             for tokens, shares in zip(passages, found, strict=True)
         ]
 
-    async def _complete(self, prompt: str, max_new_tokens: int) -> str:
-        """The model's own continuation up to the end of the line."""
-        before = self._tokenize(Query(query_id="completion", prompt=prompt, target="?"))
-        end = self._tokenizer.eos_token_id
-        stop = (end,) if isinstance(end, int) else ()
-        given = before.tokens[: before.first_target]
-        room = max(0, self._max_tokens - len(given))
-        wanted = min(max_new_tokens or DEFAULT_NEW_TOKENS, room)
-        found: Completion = await self._model.call("complete", given, wanted, stop)
-        return self._decode(found.tokens.tolist()).split("\n")[0].strip()
+    async def _completion(self, query: trace_pb2.Query, *, wanted: bool) -> str:
+        """The model's own continuation up to the end of the line; empty unless it is wanted or is to be explained."""
+        if not wanted and query.WhichOneof("explained") != "own":
+            return ""
+        given = tokenize_prompt(
+            query.prompt, self._tokenizer, add_bos=self._index.facts["add_bos"], max_tokens=self._max_tokens
+        )
+        longest = min(query.own.max_new_tokens or DEFAULT_NEW_TOKENS, self._max_tokens - len(given))
+        found: Completion = await self._model.call("complete", given, longest, stop_tokens_of(self._tokenizer))
+        return line_of(found, self._tokenizer)
 
     def _read(self, query: trace_pb2.Query, completion: str) -> tuple[Example, str]:
         """Tokens of a query with its loss on what is to be explained, and those words."""

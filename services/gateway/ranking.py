@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from services.vectors import to_array, to_vector
 from trackstar.errors import Incompatible, InvalidRequest
+from trackstar.ranking import best
 from trackstar.v1 import common_pb2, reranker_pb2
 
 # Where the candidates of each end are cut for answers in parts: the likeliest eighth comes first.
@@ -64,8 +65,8 @@ class Rankings:
         for end, found in zip(which, response.ends, strict=True):
             new_ids, new_scores = _read(found)
             all_ids, all_scores = np.concatenate([ids[end], new_ids]), np.concatenate([scores[end], new_scores])
-            order = np.lexsort((all_ids, all_scores if opponents[end] else -all_scores))[:k]
-            ids[end], scores[end] = all_ids[order], all_scores[order]
+            ranking = best(all_ids, all_scores, sign=-1.0 if opponents[end] else 1.0, k=k)
+            ids[end], scores[end] = ranking.ids, ranking.scores
         return Rankings(
             ids=tuple(ids),
             scores=tuple(scores),

@@ -37,7 +37,9 @@ class Telemetry:
 
     def __init__(self, config: TracingConfig | None = None, *, exporter: SpanExporter | None = None) -> None:
         config = config or TracingConfig()
-        self._provider = _provider(config, exporter) if exporter is not None or config.endpoint is not None else None
+        self._provider = (
+            make_provider(config, exporter) if exporter is not None or config.endpoint is not None else None
+        )
         self._tracer = None if self._provider is None else self._provider.get_tracer(_SERVICE)
 
     @contextmanager
@@ -114,7 +116,17 @@ def finish(span: trace.Span, code: str, *, failed: bool) -> None:
         span.set_status(trace.Status(trace.StatusCode.ERROR, code))
 
 
-def _provider(config: TracingConfig, exporter: SpanExporter | None) -> TracerProvider:
+def make_provider(
+    config: TracingConfig, exporter: SpanExporter | None = None, *, service: str = _SERVICE, send_at_exit: bool = False
+) -> TracerProvider:
+    """What makes the spans of a process and sends them.
+
+    Args:
+        config: where spans go and how many.
+        exporter: takes them instead of `config.endpoint`.
+        service: names the process in traces.
+        send_at_exit: send what is left when the interpreter ends, where nobody closes it.
+    """
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -128,7 +140,7 @@ def _provider(config: TracingConfig, exporter: SpanExporter | None) -> TracerPro
         )
     sampler = ParentBased(TraceIdRatioBased(config.sample_ratio))
     provider = TracerProvider(
-        resource=Resource.create({"service.name": _SERVICE}), sampler=sampler, shutdown_on_exit=False
+        resource=Resource.create({"service.name": service}), sampler=sampler, shutdown_on_exit=send_at_exit
     )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider

@@ -24,7 +24,8 @@ from trackstar.errors import InvalidRequest, NotFound
 from trackstar.filters import FilterIndex, PassageFilter
 from trackstar.index import Index
 from trackstar.passages import Passage
-from trackstar.reranker import Ranking, Reranker
+from trackstar.ranking import Ranking
+from trackstar.reranker import Reranker
 from trackstar.rows import ROW_DTYPES
 from trackstar.v1 import common_pb2, reranker_pb2
 
@@ -221,8 +222,10 @@ class RerankerCore:
             following = -1
         else:
             wanted = to_filter(request.filter, doc_id=request.doc_id)
-            mask_N = np.ones(self._rows.num_passages, np.bool_) if wanted.is_empty else self._filters.mask(wanted)
-            found = request.first_id + np.flatnonzero(mask_N[request.first_id :])
+            if wanted.is_empty:
+                found = np.arange(request.first_id, min(request.first_id + request.limit + 1, self._rows.num_passages))
+            else:
+                found = request.first_id + np.flatnonzero(self._filters.mask(wanted)[request.first_id :])
             ids = found[: request.limit]
             following = int(found[request.limit]) if len(found) > request.limit else -1
         return reranker_pb2.ReadPassagesResponse(

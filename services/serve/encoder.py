@@ -28,14 +28,15 @@ class EncoderReplica:
         torch.set_num_threads(config.torch_threads)
         index = Index(config.index)
         self._gang: Gang | None = None
-        folder = config.model or index.facts["model"]["path"]
-        tokenizer, max_tokens = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         model: ModelBackend
         if config.gang.ranks > 1:
             from services.encoder.gang import Gang
             from services.encoder.gang_copy import GangWithCopy
             from services.encoder.rank import RankWorker
 
+            # The model lies with the ranks; this process only reads and writes its words.
+            folder = config.model or index.facts["model"]["path"]
+            tokenizer, max_tokens = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
             self._gang = Gang(
                 RankWorker,
                 config,
@@ -50,6 +51,7 @@ class EncoderReplica:
             )
         else:
             loaded = index.load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+            tokenizer, max_tokens = loaded.tokenizer, loaded.max_tokens
             model = LocalModel(ModelWorker(index, loaded))
         self._core = EncoderCore(
             index,

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 from opentelemetry import propagate, trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+from services.gateway.config import TracingConfig
+from services.gateway.telemetry import make_provider
 
 
 class Spans:
@@ -23,8 +22,7 @@ class Spans:
     def __init__(self, endpoint: str | None) -> None:
         self._tracer: trace.Tracer | None = None
         if endpoint is not None:
-            provider = TracerProvider(resource=Resource.create({"service.name": "trackstar-ray"}))
-            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=True)))
+            provider = make_provider(TracingConfig(endpoint=endpoint), service="trackstar-ray", send_at_exit=True)
             self._tracer = provider.get_tracer("trackstar")
 
     def of(self, name: str, metadata: Mapping[str, str]) -> AbstractContextManager[None]:

@@ -22,7 +22,8 @@ from trackstar.errors import CorruptArtifact, InvalidRequest
 from trackstar.index import load_correction
 from trackstar.projection import normal_factor
 from trackstar.queries import tokenize
-from trackstar.reranker import Ranking, Reranker, best
+from trackstar.ranking import Ranking, best
+from trackstar.reranker import Reranker
 from trackstar.results import Query, Trace
 from trackstar.separable import SeparableScale
 from trackstar.tracer import Tracer

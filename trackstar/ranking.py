@@ -1,0 +1,31 @@
+"""Passages in order of their exact scores: the one order that library and gateway share. It needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranking:
+    """Passages in order: int64 ids [k] and float32 scores [k], best first."""
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    @staticmethod
+    def empty() -> Ranking:
+        """No passages."""
+        return Ranking(ids=np.empty(0, np.int64), scores=np.empty(0, np.float32))
+
+    def merge(self, other: Ranking, *, sign: float, k: int) -> Ranking:
+        """The best k of both."""
+        return best(np.concatenate([self.ids, other.ids]), np.concatenate([self.scores, other.scores]), sign=sign, k=k)
+
+
+def best(ids: NDArray[np.int64], scores: NDArray[np.float32], *, sign: float, k: int) -> Ranking:
+    """The k highest (sign > 0) or lowest scores in order; ties go to the smaller id."""
+    order = np.lexsort((ids, -sign * scores))[:k]
+    return Ranking(ids=ids[order], scores=scores[order])
