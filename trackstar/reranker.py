@@ -69,7 +69,7 @@ class Reranker:
         """
         found = [[Ranking.empty() for _ in signs] for _ in dual_Qd]
         for receipt in self.rows.receipts:
-            first = receipt.shard * self.rows.shard_passages
+            first = self.rows.first(receipt.shard)
             ids = np.arange(first, first + receipt.num_passages, dtype=np.int64)
             if mask_N is not None:
                 ids = ids[mask_N[first : first + receipt.num_passages]]
@@ -105,7 +105,7 @@ class Reranker:
         if self.rows.state(shard) != state:
             raise CorruptArtifact(f"shard {shard} of the rows was written to while it was read")
         self._verified[shard] = state
-        chosen = rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - shard * self.rows.shard_passages)]
+        chosen = rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - self.rows.first(shard))]
         return chosen.float()
 
     def _scores(self, rows_Nd: Tensor, ids: NDArray[np.int64], dual_Qd: Tensor) -> NDArray[np.float32]:

@@ -32,6 +32,7 @@ from trackstar.queries import tokenize, tokenize_prompt
 from trackstar.ranking import Ranking
 from trackstar.reranker import Reranker
 from trackstar.results import Evidence, Influence, Query, Trace
+from trackstar.tombstones import read_deleted
 
 
 class Tracer:
@@ -40,8 +41,9 @@ class Tracer:
     def __init__(self, index: Index, loaded: LoadedModel, *, generation: str | None = None) -> None:
         self.index = index
         self.loaded = loaded
-        self.rows = index.rows()
-        self.generation: Generation = index.generation(generation, rows=self.rows)
+        name = generation or index.active()
+        self.rows = index.rows(name)
+        self.generation: Generation = index.generation(name, rows=self.rows)
         self.encoder: Encoder = index.encoder(loaded, length_step=QUERY_LENGTH_STEP)
         self.reranker = Reranker(self.rows, self.generation)
 
@@ -101,6 +103,8 @@ class Tracer:
         if k < 1 or candidates < k:
             raise InvalidRequest(f"k must be at least 1 and candidates at least k; k is {k}, candidates {candidates}")
         examples = [self._tokenize(query) for query in queries]
+        deleted = read_deleted(self.index.root)
+        mask_N = deleted.mask(self.rows.num_passages)
         signs = (1.0, -1.0) if opponents else (1.0,)
         for start in range(0, len(queries), batch):
             part = slice(start, start + batch)
@@ -112,7 +116,9 @@ class Tracer:
                 exact or len(encoded) * len(signs) * min(candidates, self.rows.num_passages) >= self.rows.num_passages
             )
             if scan:
-                rankings = self.reranker.scan(torch.stack([query.dual_d for query in encoded]), signs=signs, k=k)
+                rankings = self.reranker.scan(
+                    torch.stack([query.dual_d for query in encoded]), signs=signs, k=k, mask_N=mask_N
+                )
                 clock.lap("scan")
                 examined = self.rows.num_passages
             else:
@@ -120,7 +126,7 @@ class Tracer:
                 clock.lap("search")
                 rankings = [
                     [
-                        self.reranker.rerank(query.dual_d, ids, sign=sign, k=k)
+                        self.reranker.rerank(query.dual_d, deleted.without(ids), sign=sign, k=k)
                         for ids, sign in zip(ends, signs, strict=True)
                     ]
                     for query, ends in zip(encoded, proposed, strict=True)

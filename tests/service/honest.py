@@ -282,7 +282,6 @@ def make_index(root: Path, *generations: str, active: str | None = None) -> Cata
         "dim": DIM,
     }
     _write(root / "index.json", facts)
-    _write(root / "rows/complete.json", {"num_passages": NUM})
     for name in generations:
         add_generation(root, name)
     catalog = Catalog(root)
@@ -295,6 +294,8 @@ def add_generation(root: Path, name: str) -> None:
     """One more finished generation."""
     content = {
         "name": name,
+        "num_passages": NUM,
+        "num_codes": NUM,
         "mix": {"kind": "train", "damping": 0.1},
         "weight": 0.0,
         "code": {"kind": SPEC.kind, "size": SPEC.size, "store": "memory", "seed": SPEC.seed},

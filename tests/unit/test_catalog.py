@@ -26,6 +26,8 @@ _GENERATION: dict[str, Any] = {
     "weight": 0.75,
     "code": {"kind": "bits", "size": None, "store": "memory", "seed": 3},
     "rows": "r" * 64,
+    "num_passages": 40,
+    "num_codes": 38,
 }
 
 
@@ -37,7 +39,6 @@ def _write(path: Path, content: Any) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     _write(tmp_path / "index.json", _INDEX)
-    _write(tmp_path / "rows/complete.json", {"num_passages": 40})
     for name in ("beta", "alpha"):
         _write(tmp_path / f"generations/{name}/generation.json", {**_GENERATION, "name": name})
     (tmp_path / "generations/gamma").mkdir()
@@ -49,7 +50,7 @@ def test_names_and_facts(root: Path) -> None:
     assert catalog.names() == ["alpha", "beta", "gamma"]
     assert catalog.finished() == ["alpha", "beta"]
     facts = catalog.describe("alpha")
-    assert (facts.name, facts.state, facts.num_passages, facts.dim) == ("alpha", "ready", 40, 96)
+    assert (facts.name, facts.state, facts.num_passages, facts.num_codes, facts.dim) == ("alpha", "ready", 40, 38, 96)
     assert (facts.mix, facts.weight, facts.damping, facts.store) == ("task", 0.75, 0.25, "memory")
     assert facts.spec == CodeSpec(kind="bits", size=128, seed=3)
     assert facts.checkpoint_digest == "c" * 64
