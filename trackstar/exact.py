@@ -87,7 +87,9 @@ def scan_shard(
         CorruptArtifact: the shard is not what was written.
         NotReady: it cannot be read now.
     """
-    ids = shard_ids(rows, rows.receipts[shard])
+    receipt = rows.receipts[shard]
+    assert receipt.shard == shard
+    ids = shard_ids(rows, receipt)
     stored_Nd = rows.shard(shard, verify=True)
     return rank_rows(stored_Nd, ids, generation.norms_N[ids], dual_Qd, signs=signs, k=k)
 
