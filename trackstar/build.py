@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trackstar.audit import AuditConfig, audit_generation
+from trackstar.audit_record import publish_audit, read_audit
 from trackstar.blobs import Location, each, location
 from trackstar.corpus import Corpus, CorpusConfig
 from trackstar.correlation_tree import Node, leaves_of, level_above, node_path, remove_tree
@@ -90,6 +92,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth telling once."""
 
+    def shards(self, step: str, finished: int, planned: int) -> None:
+        """So many shards have come through a step, of all there are."""
+
 
 class Silent:
     """A progress that says nothing."""
@@ -101,6 +106,9 @@ class Silent:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def shards(self, step: str, finished: int, planned: int) -> None:
         """Nothing."""
 
 
@@ -229,9 +237,13 @@ class Build:
         def report(tokens: int) -> None:
             self.progress.advance("encoding", done, tokens)
 
+        first, planned = plan.runs[0].shard, plan.runs[-1].shard + 1
+        encoded = first + len(plan.runs) - len(missing)
+        self.progress.shards("encoding", encoded, planned)
         for receipt in self.engine.map("encoding", make, missing, report=report):
-            done += receipt.num_passages
+            done, encoded = done + receipt.num_passages, encoded + 1
             self.progress.advance("encoding", done, 0)
+            self.progress.shards("encoding", encoded, planned)
         if plan.bad_records:
             self.progress.note(f"{plan.bad_records} bad records were skipped: {'; '.join(plan.bad_examples)}")
         facts = self._index.facts
@@ -375,9 +387,10 @@ class Build:
         )
         done = 0
         self.progress.start("coding", 0, rows.num_passages)
-        for count in self.engine.map("coding", make, range(rows.num_shards)):
+        for coded, count in enumerate(self.engine.map("coding", make, range(rows.num_shards)), start=1):
             done += count
             self.progress.advance("coding", done, 0)
+            self.progress.shards("coding", coded, rows.num_shards)
         publish_background(home, rows, spec.background, read_excluded(home))
         finish_generation(home, spec, rows)
         rows.close()
@@ -423,7 +436,7 @@ def build_index(
 
     Raises:
         TrackstarError: see the modules; nothing that was finished before is lost.
-        NotReady: another process builds there.
+        NotReady: another process builds there, or the audit did not pass; then what answered before still does.
     """
     progress, root = progress or Silent(), location(out)
     if isinstance(root, Path) and root.exists() and not root.is_dir():
@@ -433,12 +446,30 @@ def build_index(
         name = build.run(verify=verify)
         generation = Index(root).generation(name)
         generation.import_codes(lambda step, done, _total: progress.advance(step, done, 0))
+        _audit(config.audit, generation, progress)
         if isinstance(root, Path):
             for path in leftovers(root):
                 path.unlink(missing_ok=True)
         if config.activate:
             Index(root).catalog.activate(name)
     return generation
+
+
+def _audit(config: AuditConfig, generation: Generation, progress: Progress) -> None:
+    """Audit a generation, unless its last audit passed as strict a one, and keep what was found."""
+    known = read_audit(generation.home)
+    if known is not None and known.passed and known.min_recall >= config.min_recall and known.k == config.k:
+        return
+    found = audit_generation(
+        generation,
+        generation.rows,
+        generation.coarse,
+        config,
+        codes=generation.codes,
+        coarse_name=generation.code.store,
+        on_step=lambda _step, done, _total: progress.advance("audit", done, 0),
+    )
+    publish_audit(generation.home, found)
 
 
 def _digest_of_examples(examples: Iterable[Example]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from trackstar.audit_record import check_audited
 from trackstar.blobs import Location, location
 from trackstar.code_config import CodeConfig
 from trackstar.codes import CodeSpec
@@ -149,11 +150,11 @@ class Catalog:
 
         Raises:
             NotFound: no generation of that name.
-            NotReady: it is still being built.
+            NotReady: it is still being built, or was not audited, or failed its audit.
         """
         if name in self.names() and name not in self.finished():
             raise NotReady(f"generation {name!r} is still being built; give the index command again to finish it")
-        self.home(name)
+        check_audited(self.home(name))
         publish_json(self.root / "active.json", {"generation": name})
 
     @property

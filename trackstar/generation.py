@@ -112,6 +112,14 @@ class Generation:
         publish_json(folder / "receipt.json", {"count": self._codes.num_codes})
 
     @property
+    def excluded(self) -> NDArray[np.int64]:
+        """Ids of the passages that were purged, int64, ascending; they have no code."""
+        if self.facts["excluded"] is None:
+            return np.empty(0, dtype=np.int64)
+        ids: NDArray[np.int64] = self._checked("excluded.safetensors")["ids"].numpy()
+        return ids
+
+    @property
     def codes(self) -> CodeStore:
         """Its codes on disk."""
         return self._codes

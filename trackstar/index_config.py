@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trackstar.audit import AuditConfig
 from trackstar.code_config import CodeConfig
 from trackstar.corpus import CorpusConfig
 from trackstar.errors import InvalidRequest, NotFound
@@ -44,7 +45,7 @@ class IndexConfig(BaseModel):
 
     append: corpora whose passages follow those of `corpus`, each a part of its own. R_train stays that of `corpus`, so
     that old codes keep holding, unless `refit` makes it of all. purge: leave deleted passages out for good.
-    activate: make the generation the one that answers.
+    audit: what a generation must pass before it can answer. activate: then make it the one that answers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +69,7 @@ class IndexConfig(BaseModel):
     exclude: tuple[str, ...] = ()
     trust_remote_code: bool = False
     device: str = "cpu"
+    audit: AuditConfig = AuditConfig()
     activate: bool = True
 
     @property

@@ -88,9 +88,20 @@ class StepProgress:
         if self._task is not None or self._clock() - self._told >= _PLAIN_SECONDS:
             self._tell()
 
+    def at(self, step: str, done: int, total: int, *, unit: str | None = None) -> None:
+        """`done` of `total` units of a step are finished; it begins here if it is another step, or was further."""
+        if step != self._step or done < self._done:
+            self._finish()
+            self._unit = unit or self._unit
+            self.start(step, 0, total)
+        self.advance(step, done, 0)
+
     def note(self, text: str) -> None:
         """Something worth telling once."""
         self._console.print(Text(f"note: {plain(text)}"), soft_wrap=not self._console.is_terminal)
+
+    def shards(self, step: str, finished: int, planned: int) -> None:
+        """Nothing: units and tokens say more."""
 
     def _finish(self) -> None:
         if not self._step:
