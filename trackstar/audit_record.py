@@ -124,7 +124,7 @@ def check_audited(home: Location) -> None:
     if not audit.passed:
         raise NotReady(
             f"generation {home.name!r} failed its audit: {'; '.join(audit.reasons)}; when that is done give "
-            f"`{_command(home)}`, or activate it as it is with --force"
+            f"`{_command(home)}`, which takes less with --min-recall"
         )
 
 
