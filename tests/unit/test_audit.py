@@ -20,6 +20,7 @@ from torch import Tensor
 
 from services.gateway.metrics import GatewayMetrics
 from tests import tiny
+from trackstar import exact
 from trackstar.audit import AuditConfig, audit_generation, make_audit_config
 from trackstar.audit_record import NAME, Audit, check_audited, publish_audit, read_audit, withdraw_audit
 from trackstar.blobs import local
@@ -260,6 +261,21 @@ def test_shards_merge_to_the_same_bytes_in_every_order(opened: Opened) -> None:
     assert opened.audit(candidates=20, query={"scan": shards_in((7, 3, 0, 1, 2, 6, 5, 4), opened)}) == opened.audit(
         candidates=20
     )
+
+
+@pytest.mark.parametrize(("chunk_rows", "queries"), [(7, 3), (16, 8), (1, 1)])
+def test_rows_and_queries_are_taken_some_at_a_time(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, chunk_rows: int, queries: int
+) -> None:
+    dual_Qd = duals(opened, range(20))
+    whole = Reranker(opened.rows, opened.generation).scan(dual_Qd, signs=SIGNS, k=PASSAGES)
+    monkeypatch.setattr(exact, "_CHUNK_BYTES", 4 * opened.rows.dim * chunk_rows)
+    monkeypatch.setattr(exact, "_MAX_SCORES", SHARD * queries)
+    parts = Reranker(opened.rows, opened.generation).scan(dual_Qd, signs=SIGNS, k=PASSAGES)
+    assert len(parts) == 20
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*parts), strict=True):
+        in_order, again = np.argsort(one.ids), np.argsort(other.ids)
+        np.testing.assert_allclose(one.scores[in_order], other.scores[again], atol=1e-6)
 
 
 @pytest.mark.parametrize("shard", [7, 50, 200])
