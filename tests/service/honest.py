@@ -27,6 +27,7 @@ from services.gateway.generations import Generations
 from services.gateway.request import Principal, RequestContext, enter
 from services.gateway.trace_service import TraceService
 from services.vectors import to_array, to_vector
+from tests.audits import audited
 from trackstar.catalog import FORMAT, Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.codes import CodeSpec
@@ -301,6 +302,7 @@ def add_generation(root: Path, name: str) -> None:
         "code": {"kind": SPEC.kind, "size": SPEC.size, "store": "memory", "seed": SPEC.seed},
     }
     _write(root / f"generations/{name}/generation.json", content)
+    audited(root, name, NUM)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -480,7 +480,7 @@ def test_a_code_that_is_far_too_small_does_not_pass(root: Path) -> None:
     assert read_audit(home) == found
     with pytest.raises(NotReady, match="failed its audit: coarse search and rerank find 0") as failed:
         check_audited(home)
-    for part in ("--code-size", "--candidates", "--force", "less than 0.9", f"{found.expected_recall:.3f}"):
+    for part in ("--code-size", "--candidates", "--min-recall", "less than 0.9", f"{found.expected_recall:.3f}"):
         assert part in str(failed.value)
     assert f"give `trackstar audit {path} --generation {small.generation.name}`" in str(missing.value)
     for error in (missing.value, failed.value):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.audits import audited
 from trackstar.catalog import FORMAT, Catalog
 from trackstar.codes import CodeSpec
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
@@ -41,6 +42,7 @@ def root(tmp_path: Path) -> Path:
     _write(tmp_path / "index.json", _INDEX)
     for name in ("beta", "alpha"):
         _write(tmp_path / f"generations/{name}/generation.json", {**_GENERATION, "name": name})
+        audited(tmp_path, name, 38)
     (tmp_path / "generations/gamma").mkdir()
     return tmp_path
 
@@ -79,6 +81,12 @@ def test_only_finished_generations_are_activated(root: Path) -> None:
         catalog.activate("delta")
     with pytest.raises(NotFound):
         catalog.activate("../generations/alpha")
+    audited(root, "alpha", 38, passed=False)
+    with pytest.raises(NotReady, match="'alpha' failed its audit: it finds half of the best; when that is done give"):
+        catalog.activate("alpha")
+    (root / "generations" / "beta" / "audit.json").unlink()
+    with pytest.raises(NotReady, match=r"'beta' was not audited yet; give `trackstar audit .* --generation beta`"):
+        catalog.activate("beta")
     assert catalog.pointer() is None
 
 
