@@ -235,6 +235,17 @@ class MilvusServerIndex:
         while not self._link.call("GetFlushState", state, deadline, patient=True).flushed:
             self._link.pause(_POLL_SECONDS, deadline, f"writing out {self.collection!r}")
 
+    def load(self, *, timeout_seconds: float | None = None) -> None:
+        """Have the server take the collection into memory, where it is not.
+
+        Raises:
+            NotFound: there is no such collection.
+            NotReady: it takes longer; it goes on.
+        """
+        self._check_open()
+        self._is_loaded = False
+        self._load(self._link.deadline(timeout_seconds))
+
     def close(self) -> None:
         """See `CoarseIndex.close`."""
         self._closed = True
