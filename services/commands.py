@@ -6,6 +6,7 @@ What is heavy to import is imported inside.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -87,6 +88,26 @@ def fill_milvus(
             settings, catalog, name, anew=anew, on_rows=lambda done, _total: progress.advance("importing", done, 0)
         )
     console.print(f"generation {name} is in the collection {collection}", highlight=False)
+
+
+def reindex(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job; see docs/reindexing.md.")],
+    job_id: Annotated[str, typer.Option(help="Keep a record of the job below the index's folder.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False,
+) -> None:
+    """Build a generation with Ray, prove it, and make it the one that answers; given again, it does what is missing."""
+    from dataclasses import asdict
+
+    from services.reindex.command import reindex as run
+    from services.reindex.config import load
+
+    found = run(load(config), job_id=job_id)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    where = f", its codes in the collection {found.collection}" if found.collection else ""
+    state = "active" if found.is_active else "finished"
+    print(f"generation {found.generation} is {state}{where}; the cascade finds {found.recall:.3f} of the exact best")
 
 
 def hash_token(

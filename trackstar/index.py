@@ -198,8 +198,8 @@ def check_identity(root: Location, identity: dict[str, Any]) -> None:
             )
     elif isinstance(root, Path) and root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
-    # What a killed first run leaves, and locks, do not count.
-    elif root.is_dir() and any(not path.name.startswith(".") for path in root.glob("*")):
+    # What a killed first run leaves, locks, and records of jobs do not count.
+    elif root.is_dir() and any(not path.name.startswith(".") and path.name != "jobs" for path in root.glob("*")):
         raise InvalidRequest(f"{str(root)!r} is not empty and holds no index; give another --out")
 
 

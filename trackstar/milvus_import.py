@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trackstar.blobs import Location
 from trackstar.coarse import check_codes, check_ids
 from trackstar.code_store import CodeShard
 from trackstar.codes import CodeSpec, check_size
@@ -45,7 +45,7 @@ class CollectionImport:
         collection: its name; letters, digits and underscores.
         spec: kind and size of the codes.
         dim: d, dimension of the vectors the codes stand for.
-        receipts: local folder for them, shared by all processes.
+        receipts: folder for them, shared by all processes.
         bulk: where files for bulk imports go; upserts only if not given.
         timeout_seconds: for each step on the server: a batch of upserts, a bulk import, writing out, indexing, loading.
 
@@ -60,7 +60,7 @@ class CollectionImport:
         *,
         spec: CodeSpec,
         dim: int,
-        receipts: Path,
+        receipts: Location,
         bulk: BulkFolder | None = None,
         timeout_seconds: float = 600.0,
     ) -> None:
@@ -104,6 +104,12 @@ class CollectionImport:
         """Those of the shards that have no receipt, in order."""
         self._prepared()
         return [number for number in shards if "digest" not in (self._read(self._receipt(number)) or {})]
+
+    def is_complete(self, expected: int) -> bool:
+        """Whether `finish` counted so many codes before, in this very collection."""
+        self._prepared()
+        found = self._read(self._receipts / "complete.json")
+        return found is not None and found.get("count") == expected
 
     def add(self, number: int, shard: CodeShard, digest: str) -> None:
         """Put a shard's codes into the collection and then write its receipt; one that has it is left alone.
@@ -157,14 +163,15 @@ class CollectionImport:
         count = index.count(timeout_seconds=self._timeout_seconds)
         if count != expected:
             drop(self._link, self.collection, timeout_seconds=self._timeout_seconds)
-            for path in self._receipts.glob("*.json"):
+            for path in self._receipts.glob("*"):
                 path.unlink(missing_ok=True)
             raise CorruptArtifact(
                 f"the collection {self.collection!r} of {self._link.name} was counted and holds {count:,} codes, not "
                 f"{expected:,}; it is deleted, give the command again to import everything anew"
             )
-        for path in sorted(self._receipts.glob("*.started.json")):
-            self._forget(int(path.name.partition(".")[0]))
+        for path in self._receipts.glob("*"):
+            if path.name.endswith(".started.json"):
+                self._forget(int(path.name.partition(".")[0]))
         self._publish(self._receipts / "complete.json", count=count)
 
     def _imported(self, number: int, passage_ids: NDArray[np.int64], codes: NDArray[Any]) -> bool:
@@ -214,16 +221,16 @@ class CollectionImport:
             raise InvalidRequest(f"the import into {self.collection!r} is not prepared; call prepare first")
         return self._index
 
-    def _receipt(self, number: int) -> Path:
+    def _receipt(self, number: int) -> Location:
         return self._receipts / f"{number:06d}.json"
 
-    def _started(self, number: int) -> Path:
+    def _started(self, number: int) -> Location:
         return self._receipts / f"{number:06d}.started.json"
 
-    def _publish(self, path: Path, **content: Any) -> None:
+    def _publish(self, path: Location, **content: Any) -> None:
         publish_json(path, {"collection": self.collection, "collection_id": self._identity, **content})
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, path: Location) -> dict[str, Any] | None:
         """What a file says of this very collection; of an unreadable one, that there is one."""
         try:
             found = read_json(path)

@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from services.backends import EncoderBackend, RerankerBackend
 from services.gateway.command import Parts, Served
 from services.gateway.generation_service import GenerationService
-from services.gateway.generations import Generations
+from services.gateway.generations import Generations, Pointer
 from services.gateway.health import Probe
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import Service
 from services.gateway.trace_service import TraceService
+from trackstar.audit_record import read_audit
 from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex
 from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
@@ -34,6 +36,7 @@ async def serving(
     *,
     probes: Iterable[Probe] = (),
     searches_per_generation: int = 1,
+    pointer: Pointer | None = None,
 ) -> AsyncIterator[Served]:
     """The services of one index.
 
@@ -45,12 +48,14 @@ async def serving(
         open_coarse: opens a generation's coarse index; runs in a thread.
         probes: what else must be there for traces.
         searches_per_generation: coarse searches that may run at once in one generation.
+        pointer: says which generation is active; the index folder if None.
     """
     generations = Generations(
         catalog,
         open_coarse,
+        pointer=pointer,
         searches_per_generation=searches_per_generation,
-        on_active=lambda facts: parts.metrics.generation(facts.name, facts.checkpoint_digest),
+        on_active=lambda facts: _show(parts.metrics, catalog, facts),
     )
     await generations.start()
     try:
@@ -71,6 +76,12 @@ async def serving(
         )
     finally:
         await generations.close()
+
+
+def _show(metrics: GatewayMetrics, catalog: Catalog, facts: GenerationFacts) -> None:
+    """The generation that answers now, and its last audit, as metrics."""
+    metrics.generation(facts.name, facts.checkpoint_digest)
+    metrics.audit(read_audit(catalog.home(facts.name)))
 
 
 class _Observer:

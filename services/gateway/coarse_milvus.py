@@ -9,9 +9,10 @@ from services.gateway.metrics import BreakerState, GatewayMetrics
 from trackstar.breaker import CircuitBreaker
 from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex
-from trackstar.code_store import CodeStore, fill
+from trackstar.code_store import CodeStore
 from trackstar.errors import InvalidRequest, NotFound, NotReady
 from trackstar.milvus_collection import drop
+from trackstar.milvus_import import CollectionImport
 from trackstar.milvus_link import MilvusAccess, MilvusLink
 from trackstar.milvus_server import MilvusServerIndex
 
@@ -93,19 +94,32 @@ def fill_collection(
     with connect(config) as link:
         if anew:
             drop(link, collection)
-        try:
-            index = MilvusServerIndex.open(link, collection, spec=facts.spec, dim=facts.dim)
-        except NotFound:
-            index = MilvusServerIndex.create(link, collection, spec=facts.spec, dim=facts.dim)
-        fill(index, CodeStore.open(catalog, name), on_rows)
-        index.flush()
-        index.close()
+        importing = CollectionImport(
+            link,
+            collection,
+            spec=facts.spec,
+            dim=facts.dim,
+            receipts=catalog.home(name) / "imports" / collection,
+        )
+        importing.prepare()
+        codes = CodeStore.open(catalog, name)
+        missing = set(importing.missing(range(codes.num_shards)))
+        for number in range(codes.num_shards):
+            if number in missing:
+                importing.add(number, codes.shard(number), codes.digest(number))
+            on_rows(codes.stop(number), codes.num_passages)
+        importing.finish(codes.num_codes)
     return collection
 
 
 def collection_of(config: MilvusConfig, name: str) -> str:
     """Name of a generation's collection."""
     return f"{config.collection_prefix}{name}"
+
+
+def alias_of(config: MilvusConfig) -> str:
+    """Name of the alias that points to the collection of the active generation."""
+    return f"{config.collection_prefix}active"
 
 
 def _secret(config: MilvusConfig) -> tuple[str, str, str]:

@@ -16,8 +16,8 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from services.gateway.coarse_search import CoarseSearch
 from services.timing import within
@@ -56,11 +56,22 @@ class _Entry:
     retired: bool = False
 
 
+class Pointer(Protocol):
+    """Says which generation is active, durably and for everybody; a `Catalog` is one."""
+
+    def pointer(self) -> str | None:
+        """Its name; None while there is none."""
+
+    def activate(self, name: str) -> None:
+        """Point to another; raises as `Catalog.activate`."""
+
+
 class Generations:
     """The switchboard; used from one event loop.
 
     Args:
         catalog: of the index folder.
+        pointer: says which generation is active; the index folder if None.
         open_coarse: opens a generation's coarse index; runs in a thread.
         threads: coarse searches that run at once, over all generations.
         searches_per_generation: how many of them in one generation.
@@ -74,6 +85,7 @@ class Generations:
         catalog: Catalog,
         open_coarse: Callable[[GenerationFacts], CoarseIndex],
         *,
+        pointer: Pointer | None = None,
         threads: int = 4,
         searches_per_generation: int = 1,
         poll_seconds: float = 2.0,
@@ -81,6 +93,7 @@ class Generations:
         on_active: Callable[[GenerationFacts], None] = lambda _facts: None,
     ) -> None:
         self._catalog = catalog
+        self._pointer: Pointer = pointer or catalog
         self._open_coarse = open_coarse
         self._searches_per_generation = searches_per_generation
         self._poll_seconds = poll_seconds
@@ -165,7 +178,7 @@ class Generations:
         async with self._switching:
             entry = await self._acquire(name)
             try:
-                await self._read(lambda: self._catalog.activate(name))
+                await self._read(lambda: self._pointer.activate(name))
                 previous = self._switch(name)
             finally:
                 self._release(entry)
@@ -182,7 +195,10 @@ class Generations:
             NotFound: no generation of that name.
             NotReady: none is active yet.
         """
-        return await self._describe(name or await self._active_name())
+        facts = await self._describe(name or await self._active_name())
+        if facts.state == "building":
+            return facts
+        return replace(facts, state="active" if facts.name == self._active else "ready")
 
     async def _describe(self, name: str) -> GenerationFacts:
         try:
@@ -204,7 +220,7 @@ class Generations:
     async def _follow(self) -> None:
         """Switch to what the pointer names."""
         async with self._switching:
-            name = await self._read(self._catalog.pointer)
+            name = await self._read(self._pointer.pointer)
             if name is None or name == self._active:
                 return
             entry = await self._acquire(name)

@@ -11,6 +11,7 @@ from services.gateway.coarse_milvus import connect, milvus_coarse
 from services.gateway.command import Parts, Served, ServicesFactory
 from services.gateway.health import Probe
 from services.gateway.metrics import BreakerState
+from services.gateway.pointer import MilvusPointer
 from services.gateway.remote import BackendLink, RemoteEncoder, RemoteReranker
 from trackstar.breaker import CircuitBreaker
 from trackstar.catalog import Catalog
@@ -40,11 +41,13 @@ def remote_services(index: str) -> ServicesFactory:
             held.push_async_callback(reranker_link.close)
             catalog = Catalog(index)
             milvus = parts.config.milvus
+            pointer = None
             if milvus.address is None:
                 open_coarse, parallel = local_coarse(catalog), 1
             else:
                 link = held.enter_context(connect(milvus, parts.metrics))
                 open_coarse, parallel = milvus_coarse(milvus, link), milvus.parallel
+                pointer = MilvusPointer(milvus, link, catalog)
             served = await held.enter_async_context(
                 serving(
                     parts,
@@ -57,6 +60,7 @@ def remote_services(index: str) -> ServicesFactory:
                         Probe(name="reranker", check=reranker_link.ready),
                     ],
                     searches_per_generation=parallel,
+                    pointer=pointer,
                 )
             )
             yield served

@@ -160,7 +160,7 @@ def test_a_wrong_count_begins_anew(link: MilvusLink, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="miscounted_alias"):
         work.finish(SHARDS * SHARD)
     AliasPointer(link, "miscounted_alias").drop()
-    with pytest.raises(CorruptArtifact, match="'miscounted'.* holds 6,001 codes, not 6,000; .*command again"):
+    with pytest.raises(CorruptArtifact, match=r"'miscounted'.* holds 6,001 codes, not 6,000; .*command again"):
         work.finish(SHARDS * SHARD)
     assert files(tmp_path) == {}
     assert collections(link, "miscounted") == []
