@@ -20,7 +20,9 @@ from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.storage import digest_of, publish_json, read_json
 
 FORMAT = 2
-State = Literal["building", "ready", "active"]
+State = Literal["building", "ready", "active", "retired"]
+# The file that says so.
+RETIRED = "retired.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +73,13 @@ class Catalog:
             )
 
     def finished(self) -> list[str]:
-        """Names of the finished generations, sorted."""
-        return sorted(path.parent.name for path in self._generations.glob("*/generation.json"))
+        """Names of the finished generations that were not retired, sorted."""
+        finished = {path.parent.name for path in self.generations.glob("*/generation.json")}
+        return sorted(finished - {path.parent.name for path in self.generations.glob(f"*/{RETIRED}")})
 
     def names(self) -> list[str]:
         """Names of all generations, sorted; those that are being built too."""
-        return sorted(path.name for path in self._generations.glob("*") if path.is_dir())
+        return sorted(path.name for path in self.generations.glob("*") if path.is_dir())
 
     def home(self, name: str) -> Location:
         """Folder of a finished generation.
@@ -91,7 +94,7 @@ class Catalog:
                 kind="generation",
                 name=name,
             )
-        return self._generations / name
+        return self.generations / name
 
     def describe(self, name: str) -> GenerationFacts:
         """What is known of a generation.
@@ -100,15 +103,16 @@ class Catalog:
             NotFound: no generation of that name.
             CorruptArtifact: its file cannot be read.
         """
-        if name not in self.finished() and name in self.names():
+        retired = (self.generations / name / RETIRED).is_file() if name in self.names() else False
+        if not retired and name not in self.finished() and name in self.names():
             return self._unfinished(name)
-        path = self.home(name) / "generation.json"
+        path = (self.generations / name if retired else self.home(name)) / "generation.json"
         content = read_json(path)
         try:
             code = CodeConfig(**content["code"])
             return GenerationFacts(
                 name=name,
-                state="active" if name == self.pointer() else "ready",
+                state="retired" if retired else "active" if name == self.pointer() else "ready",
                 checkpoint_digest=self.facts["model"]["digest"],
                 config_digest=self._config_digest(content),
                 num_passages=content["num_passages"],
@@ -153,12 +157,15 @@ class Catalog:
             NotReady: it is still being built, or was not audited, or failed its audit.
         """
         if name in self.names() and name not in self.finished():
+            if (self.generations / name / RETIRED).is_file():
+                raise NotReady(f"generation {name!r} was retired; bring it back first, if nothing was collected yet")
             raise NotReady(f"generation {name!r} is still being built; give the index command again to finish it")
         check_audited(self.home(name))
         publish_json(self.root / "active.json", {"generation": name})
 
     @property
-    def _generations(self) -> Location:
+    def generations(self) -> Location:
+        """The folder of all generations."""
         return self.root / "generations"
 
     def _config_digest(self, content: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from trackstar.cli_audit import audit
+from trackstar.cli_generations import activate, collect, delete, retire
 from trackstar.cli_index import index, print_json
 from trackstar.cli_remote import generations
 from trackstar.cli_scan import scan
@@ -42,6 +43,8 @@ app.command()(trace)
 app.command()(scan)
 app.command()(audit)
 app.command()(generations)
+for _command in (activate, delete, retire, collect):
+    app.command()(_command)
 # What other packages add, such as the services' `serve`; they keep their own imports light.
 for _point in sorted(entry_points(group="trackstar.commands"), key=lambda point: point.name):
     app.command(_point.name)(_point.load())

@@ -106,6 +106,10 @@ def index(
         str | None,
         typer.Option(metavar="line|paragraph|file", help="A document of a text file.", rich_help_panel=_CORPUS),
     ] = None,
+    append: Annotated[
+        list[str] | None,
+        typer.Option(help="Add what this holds to the index that is there; repeat.", rich_help_panel=_CORPUS),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Count bad records and go on.", rich_help_panel=_CORPUS)
     ] = False,
@@ -122,6 +126,19 @@ def index(
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch.", rich_help_panel=_WORK)] = None,
     device: Annotated[
         str | None, typer.Option(help="A torch device, such as cpu or cuda.", rich_help_panel=_WORK)
+    ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="With --append: make R of all passages anew.", rich_help_panel=_PROJECTION),
+    ] = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Leave deleted documents out for good.", rich_help_panel=_CORPUS)
+    ] = False,
+    min_recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the exact best that the cascade must find before it answers.", rich_help_panel=_WORK
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check finished shards and build altered ones again.", rich_help_panel=_OUT)
@@ -160,10 +177,16 @@ def index(
         "shard_passages": shard_passages,
         "max_batch_tokens": batch_tokens,
         "device": device,
+        "refit": refit or None,
+        "purge": purge or None,
+        "audit.min_recall": min_recall,
     }
     if out is None:
         raise InvalidRequest("say where the index is to be built with --out DIR")
-    _index(_index_config(config, settings), out, verify=verify, as_json=as_json)
+    found = _index_config(config, settings)
+    if append:
+        found = found.model_copy(update={"append": (*found.append, *(found.corpus_like(path) for path in append))})
+    _index(found, out, verify=verify, as_json=as_json)
 
 
 def _index_config(file: Path | None, settings: dict[str, Any]) -> IndexConfig:

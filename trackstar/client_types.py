@@ -13,7 +13,7 @@ Ends = Literal["both", "proponents", "opponents"]
 Exactness = Literal["auto", "cascade", "exhaustive"]
 EvidenceKind = Literal["tokens", "blocks", "overlap"]
 Optimizer = Literal["sgd", "adamw"]
-State = Literal["unknown", "building", "ready", "active"]
+State = Literal["unknown", "building", "ready", "active", "retired"]
 
 ALL_EVIDENCE: tuple[EvidenceKind, ...] = ("tokens", "blocks", "overlap")
 

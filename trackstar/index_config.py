@@ -72,6 +72,10 @@ class IndexConfig(BaseModel):
     audit: AuditConfig = AuditConfig()
     activate: bool = True
 
+    def corpus_like(self, path: str) -> CorpusConfig:
+        """Another corpus of one path, whose fields are those of the first."""
+        return self.corpus.model_copy(update={"paths": (path,)})
+
     @property
     def corpora(self) -> tuple[CorpusConfig, ...]:
         """One for each part."""

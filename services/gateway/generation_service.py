@@ -24,6 +24,7 @@ _STATES = {
     "building": generation_pb2.GENERATION_STATE_BUILDING,
     "ready": generation_pb2.GENERATION_STATE_READY,
     "active": generation_pb2.GENERATION_STATE_ACTIVE,
+    "retired": generation_pb2.GENERATION_STATE_RETIRED,
 }
 _LIST = hashlib.sha256(b"generations").digest()[:16]
 

@@ -196,7 +196,7 @@ class Generations:
             NotReady: none is active yet.
         """
         facts = await self._describe(name or await self._active_name())
-        if facts.state == "building":
+        if facts.state not in ("ready", "active"):
             return facts
         return replace(facts, state="active" if facts.name == self._active else "ready")
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.test_cli import PLACES, Result, lines, write_corpus
 from tests.tiny import save_model
-from trackstar.audit_record import read_audit
+from trackstar.audit_record import read_audit, withdraw_audit
 from trackstar.cli import main
 from trackstar.index import Index
 
@@ -77,7 +77,7 @@ def records(text: str) -> list[dict[str, Any]]:
 
 def test_the_active_generation_passes(copied: Path, run: Callable[..., Result]) -> None:
     home = copied / "generations" / Index(str(copied)).active()
-    assert read_audit(home) is None
+    withdraw_audit(home)
     found = run("audit", copied, "--candidates", 90, "--json")
     assert found.code == 0, found.err
     answer = json.loads(found.out)

@@ -470,6 +470,7 @@ def test_a_code_that_is_far_too_small_does_not_pass(root: Path) -> None:
     path = build(root, some_texts(PASSAGES), name="small", code={"store": "memory", "kind": "bits", "size": 8})
     small = Opened.open(path)
     home = small.generation.home
+    withdraw_audit(home)
     with pytest.raises(NotReady, match="was not audited yet") as missing:
         check_audited(home)
     assert read_audit(home) is None

@@ -13,11 +13,12 @@ import torch
 from tests import tiny
 from trackstar.blobs import location
 from trackstar.build import build_index, make_config
-from trackstar.errors import CorruptArtifact, Incompatible, NotFound
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
 from trackstar.generation import read_facts
 from trackstar.index import Index
 from trackstar.locks import writing
 from trackstar.results import Query, Trace
+from trackstar.retirement import bring_back, collect, garbage, retire
 from trackstar.tombstones import NONE, Tombstones, delete_documents, read_deleted
 from trackstar.tracer import Tracer
 
@@ -257,3 +258,72 @@ def test_an_index_is_built_in_an_object_store_with_the_same_bytes(root: Path) ->
     assert ids_of(one) == ids_of(two)
     assert [item.score for item in one.proponents] == [item.score for item in two.proponents]
     tracer.close()
+
+
+# --- the end of generations --------------------------------------------------------------------------------------
+
+
+def test_what_a_generation_stands_on_is_never_garbage(root: Path) -> None:
+    first = build(root)
+    second = build(root, append=more(root), mix={"damping": 0.5})
+    catalog = Index(root / "index").catalog
+    assert garbage(catalog) == []
+    with pytest.raises(InvalidRequest, match=f"'{second}' answers now; activate another one first"):
+        retire(catalog, second)
+    retire(catalog, first)
+    retire(catalog, first)
+    assert catalog.finished() == [second]
+    assert catalog.describe(first).state == "retired"
+    with pytest.raises(NotReady, match="was retired; bring it back first"):
+        catalog.activate(first)
+    bring_back(catalog, first)
+    assert catalog.finished() == sorted([first, second])
+    catalog.activate(first)
+    retire(catalog, second)
+    (found,) = garbage(catalog)
+    assert (found.path.name, found.why) == (second, "a retired generation")
+    assert found.num_bytes > 0
+    before = traced(root)
+    assert collect(catalog) == [found]
+    assert not found.path.exists()
+    assert ids_of(traced(root)) == ids_of(before)
+    # The rows of the second part wait for another generation: nothing is encoded again.
+    assert build(root, append=more(root), mix={"damping": 0.5}) == second
+
+
+def test_purged_rows_go_when_no_generation_has_them_any_more(root: Path) -> None:
+    first = build(root)
+    index = Index(root / "index")
+    delete_documents(index.root, index.rows(), ["d3"])
+    second = build(root, purge=True)
+    catalog = index.catalog
+    assert garbage(catalog) == []
+    retire(catalog, first)
+    (root / "index" / "rows" / ".half.ab.tmp").write_bytes(b"x")
+    why = {item.path.name: item.why for item in garbage(catalog)}
+    assert why.pop(first) == "a retired generation"
+    assert why.pop(".half.ab.tmp") == "left by a process that was killed"
+    assert set(why) == {"000000.safetensors", "000000.parquet", "000000.json"}
+    collect(catalog)
+    assert garbage(catalog) == []
+    assert not set(ids_of(traced(root))) & {3}
+    assert Index(root / "index").rows(second).passages([4])[0].doc_id == "d4"
+    # What comes later stands on the purged shard too.
+    third = build(root, append=more(root))
+    assert Index(root / "index").rows(third).num_passages == 19
+
+
+def test_nothing_is_collected_while_somebody_builds(root: Path) -> None:
+    build(root)
+    catalog = Index(root / "index").catalog
+    with writing(root / "index"), pytest.raises(NotReady, match="another process builds"):
+        collect(catalog)
+
+
+def test_the_audit_keeps_a_generation_from_answering(root: Path) -> None:
+    first = build(root)
+    with pytest.raises(NotReady, match="failed its audit: coarse search and rerank find"):
+        build(root, code={"kind": "bits", "size": 8, "store": "memory"}, audit={"candidates": 2, "k": 2})
+    catalog = Index(root / "index").catalog
+    assert catalog.active() == first
+    assert len(catalog.finished()) == 2

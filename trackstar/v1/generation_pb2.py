@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrackstar/v1/generation.proto\x12\x0ctrackstar.v1\"\xf5\x01\n\nGeneration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.trackstar.v1.GenerationState\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\x12\x14\n\x0cnum_passages\x18\x05 \x01(\x03\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x0b\n\x03mix\x18\x07 \x01(\t\x12\x12\n\nmix_weight\x18\x08 \x01(\x01\x12\x0f\n\x07\x64\x61mping\x18\t \x01(\x01\x12\x11\n\tcode_kind\x18\n \x01(\t\x12\x11\n\tcode_size\x18\x0b \x01(\r\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x0cListResponse\x12-\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x18.trackstar.v1.Generation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0bGetResponse\x12,\n\ngeneration\x18\x01 \x01(\x0b\x32\x18.trackstar.v1.Generation\"\x1f\n\x0f\x41\x63tivateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x10\x41\x63tivateResponse\x12,\n\ngeneration\x18\x01 \x01(\x0b\x32\x18.trackstar.v1.Generation\x12\x10\n\x08previous\x18\x02 \x01(\t*\x8b\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19GENERATION_STATE_BUILDING\x10\x01\x12\x1a\n\x16GENERATION_STATE_READY\x10\x02\x12\x1b\n\x17GENERATION_STATE_ACTIVE\x10\x03\x32\xd9\x01\n\x11GenerationService\x12=\n\x04List\x12\x19.trackstar.v1.ListRequest\x1a\x1a.trackstar.v1.ListResponse\x12:\n\x03Get\x12\x18.trackstar.v1.GetRequest\x1a\x19.trackstar.v1.GetResponse\x12I\n\x08\x41\x63tivate\x12\x1d.trackstar.v1.ActivateRequest\x1a\x1e.trackstar.v1.ActivateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrackstar/v1/generation.proto\x12\x0ctrackstar.v1\"\xf5\x01\n\nGeneration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.trackstar.v1.GenerationState\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\x15\n\rconfig_digest\x18\x04 \x01(\t\x12\x14\n\x0cnum_passages\x18\x05 \x01(\x03\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x0b\n\x03mix\x18\x07 \x01(\t\x12\x12\n\nmix_weight\x18\x08 \x01(\x01\x12\x0f\n\x07\x64\x61mping\x18\t \x01(\x01\x12\x11\n\tcode_kind\x18\n \x01(\t\x12\x11\n\tcode_size\x18\x0b \x01(\r\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x0cListResponse\x12-\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x18.trackstar.v1.Generation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0bGetResponse\x12,\n\ngeneration\x18\x01 \x01(\x0b\x32\x18.trackstar.v1.Generation\"\x1f\n\x0f\x41\x63tivateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x10\x41\x63tivateResponse\x12,\n\ngeneration\x18\x01 \x01(\x0b\x32\x18.trackstar.v1.Generation\x12\x10\n\x08previous\x18\x02 \x01(\t*\xa9\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19GENERATION_STATE_BUILDING\x10\x01\x12\x1a\n\x16GENERATION_STATE_READY\x10\x02\x12\x1b\n\x17GENERATION_STATE_ACTIVE\x10\x03\x12\x1c\n\x18GENERATION_STATE_RETIRED\x10\x04\x32\xd9\x01\n\x11GenerationService\x12=\n\x04List\x12\x19.trackstar.v1.ListRequest\x1a\x1a.trackstar.v1.ListResponse\x12:\n\x03Get\x12\x18.trackstar.v1.GetRequest\x1a\x19.trackstar.v1.GetResponse\x12I\n\x08\x41\x63tivate\x12\x1d.trackstar.v1.ActivateRequest\x1a\x1e.trackstar.v1.ActivateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trackstar.v1.generation_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATIONSTATE']._serialized_start=644
-  _globals['_GENERATIONSTATE']._serialized_end=783
+  _globals['_GENERATIONSTATE']._serialized_end=813
   _globals['_GENERATION']._serialized_start=48
   _globals['_GENERATION']._serialized_end=293
   _globals['_LISTREQUEST']._serialized_start=295
@@ -47,6 +47,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTIVATEREQUEST']._serialized_end=557
   _globals['_ACTIVATERESPONSE']._serialized_start=559
   _globals['_ACTIVATERESPONSE']._serialized_end=641
-  _globals['_GENERATIONSERVICE']._serialized_start=786
-  _globals['_GENERATIONSERVICE']._serialized_end=1003
+  _globals['_GENERATIONSERVICE']._serialized_start=816
+  _globals['_GENERATIONSERVICE']._serialized_end=1033
 # @@protoc_insertion_point(module_scope)

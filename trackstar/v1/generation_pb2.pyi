@@ -33,6 +33,8 @@ class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Gener
     """Finished; it can be asked by name."""
     GENERATION_STATE_ACTIVE: _GenerationState.ValueType  # 3
     """Finished, and answers when no name is given."""
+    GENERATION_STATE_RETIRED: _GenerationState.ValueType  # 4
+    """Not served any more; its files may be collected."""
 
 class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper):
     """How far a generation is."""
@@ -45,6 +47,8 @@ GENERATION_STATE_READY: GenerationState.ValueType  # 2
 """Finished; it can be asked by name."""
 GENERATION_STATE_ACTIVE: GenerationState.ValueType  # 3
 """Finished, and answers when no name is given."""
+GENERATION_STATE_RETIRED: GenerationState.ValueType  # 4
+"""Not served any more; its files may be collected."""
 Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
 
 @_typing.final
