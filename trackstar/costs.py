@@ -72,7 +72,8 @@ class Assumptions:
     node_memory_bytes: of one Milvus query node.
     memory_bandwidth: bytes/s that one query node scans codes at.
     replicas: of the codes in Milvus; they serve more queries at once, not one query sooner.
-    import_bytes_per_second: of codes into Milvus over one connection (measured, 2.3.5 on one core: 40 to 50 MB/s).
+    import_bytes_per_second: of codes into Milvus over one connection (measured, 2.3.5 on
+        one core: 50 MB/s when nothing else ran, 16 MB/s on a busy machine).
     storage_bandwidth: bytes/s between one machine and the store of the rows.
     request_seconds, requests_at_once: of one ranged read of the store, and how many are on their way for one query.
     queries_per_second: at which bandwidth and requests of the store are given.
@@ -87,7 +88,7 @@ class Assumptions:
     node_memory_bytes: float = float(256 << 30)
     memory_bandwidth: float = 1e11
     replicas: int = 1
-    import_bytes_per_second: float = 4e7
+    import_bytes_per_second: float = 3e7
     storage_bandwidth: float = 1e9
     request_seconds: float = 0.03
     requests_at_once: int = 16
