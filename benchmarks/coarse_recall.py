@@ -1,6 +1,6 @@
 """Recall of coarse search + exact rerank against the exact scan, for several codes and candidate counts L.
 
-    python benchmarks/coarse_recall.py INDEX --facts FACTS.jsonl [--queries 200]
+    python -m benchmarks.coarse_recall INDEX --facts FACTS.jsonl [--queries 200] [--milvus]
 
 The rows of an index are whitened with R_train; the 10 passages with the highest exact score are what the cascade should
 return. A passage survives if it is among the L best by code. Beside each measured recall stand two predictions,
@@ -9,12 +9,20 @@ averaged over the same (query, passage) pairs with their true scores s:
     law                Phi((s - t) / sigma),  t = sigma Phi^-1(1 - L/N):  every other passage has score zero
     law + background   the same with t from the query's own background: sqrt(sigma^2 + tau^2) Phi^-1(1 - L/N) + mu,
                        where mu and tau are mean and standard deviation of its exact scores
+
+Codes are searched in memory, exactly; with --milvus also on a real Milvus server (that of the tests, started for the
+run) as far as it takes codes of that size, and the ids of both are compared. Rows are whitened and rotated once: a code
+of k coordinates is the beginning of a longer one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -24,13 +32,17 @@ import torch
 from numpy.typing import NDArray
 
 from trackstar.coarse import MemoryIndex
-from trackstar.codes import CodeSpec, Rotation, encode_codes, padded_dim, sigma
+from trackstar.codes import CodeKind, CodeSpec, Rotation, encode_codes, padded_dim, sigma
 from trackstar.hessian import Whitener, autocorrelation
 from trackstar.index import Index
+from trackstar.milvus_collection import drop, largest_code
+from trackstar.milvus_link import MilvusLink
+from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
 from trackstar.queries import read_queries, tokenize
 
 TOP = 10
 NORMAL = NormalDist()
+IMPORTED = 4096  # codes handed to the server at once
 
 
 def main() -> None:
@@ -43,6 +55,7 @@ def main() -> None:
     parser.add_argument("--prefixes", type=int, nargs="*", default=[256, 1024, 4096])
     parser.add_argument("--bits", type=int, nargs="*", default=[1024, 4096, 16384])
     parser.add_argument("--candidates", type=int, nargs="*", default=[10, 30, 100, 300, 1000, 4096])
+    parser.add_argument("--milvus", action="store_true", help="search codes of bits on a Milvus server too")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -56,48 +69,124 @@ def main() -> None:
         tokenize(facts[i], loaded.tokenizer, add_bos=index.facts["add_bos"], max_tokens=loaded.max_tokens)
         for i in order
     ]
+    encoded_QD = encoder.encode(examples).rows_ND
+    _tell("queries encoded")
     train = autocorrelation((batch for _, batch in rows.batches()), layout)
+    _tell("statistics")
     whitener = Whitener.fit(train, layout, damping=arguments.damping)
-    queries_QD = torch.nn.functional.normalize(whitener.apply(encoder.encode(examples).rows_ND), dim=1)
+    del train
+    _tell("eigenvectors")
+    queries_QD = torch.nn.functional.normalize(whitener.apply(encoded_QD), dim=1)
 
-    sizes: list[tuple[str, int]] = [("prefix", k) for k in arguments.prefixes] + [("bits", k) for k in arguments.bits]
-    specs = [
-        CodeSpec(kind="prefix" if kind == "prefix" else "bits", size=k, seed=0)
-        for kind, k in sizes
-        if k <= padded_dim(layout.dim)
-    ]
+    sizes: dict[CodeKind, list[int]] = {
+        "prefix": [k for k in arguments.prefixes if k <= padded_dim(layout.dim)],
+        "bits": [k for k in arguments.bits if k <= padded_dim(layout.dim)],
+    }
+    longest = [CodeSpec(kind=kind, size=max(found), seed=0) for kind, found in sizes.items() if found]
     rotation = Rotation(layout.dim, 0)
-    indexes = [MemoryIndex(spec, layout.dim) for spec in specs]
-    exact = []
-    for first, batch in rows.batches():
+    exact: list[NDArray[np.float32]] = []
+    parts: dict[CodeKind, list[NDArray[Any]]] = {spec.kind: [] for spec in longest}
+    for _, batch in rows.batches():
         unit_ND = torch.nn.functional.normalize(whitener.apply(batch), dim=1)
         exact.append((queries_QD @ unit_ND.mT).numpy())
-        ids = np.arange(first, first + len(batch), dtype=np.int64)
-        for spec, coarse in zip(specs, indexes, strict=True):
-            coarse.add(ids, encode_codes(spec, rotation, unit_ND))
+        for spec in longest:
+            parts[spec.kind].append(encode_codes(spec, rotation, unit_ND))
+    codes = {kind: np.concatenate(found) for kind, found in parts.items()}
+    del parts
+    queries = {spec.kind: encode_codes(spec, rotation, queries_QD) for spec in longest}
     scores_QN: NDArray[np.float32] = np.concatenate(exact, axis=1)
     best_QT = np.argsort(-scores_QN, axis=1, kind="stable")[:, :TOP]
+    _tell("rows whitened, scored and coded")
 
     results = []
-    for spec, coarse in zip(specs, indexes, strict=True):
-        found, _ = coarse.search(encode_codes(spec, rotation, queries_QD), max(arguments.candidates))
-        noise = sigma(spec.kind, spec.size, layout.dim)
-        for limit in arguments.candidates:
-            results.append(
-                {
-                    "kind": spec.kind,
-                    "k": spec.size,
-                    "bytes": spec.row_bytes,
-                    "candidates": limit,
-                    "sigma": noise,
-                    "recall": _recall(found[:, :limit], best_QT),
-                    "law": _law(scores_QN, best_QT, noise, limit, background=False),
-                    "law_background": _law(scores_QN, best_QT, noise, limit, background=True),
-                }
-            )
+    with _server(arguments.milvus) as link:
+        for kind, found_sizes in sizes.items():
+            for size in found_sizes:
+                spec = CodeSpec(kind=kind, size=size, seed=0)
+                width = size // 8 if kind == "bits" else size
+                part_N, part_Q = (np.ascontiguousarray(whole[kind][:, :width]) for whole in (codes, queries))
+                found, cosines = _search_memory(spec, layout.dim, part_N, part_Q, max(arguments.candidates))
+                agreeing = None
+                if link is not None and kind == "bits" and size <= largest_code(link, kind):
+                    agreeing = _agreeing(link, spec, layout.dim, part_N, part_Q, arguments.candidates, found, cosines)
+                _tell(f"{size:,} {kind} searched")
+                noise = sigma(kind, size, layout.dim)
+                for limit in arguments.candidates:
+                    results.append(
+                        {
+                            "kind": kind,
+                            "k": size,
+                            "bytes": spec.row_bytes,
+                            "candidates": limit,
+                            "sigma": noise,
+                            "recall": _recall(found[:, :limit], best_QT),
+                            "law": _law(scores_QN, best_QT, noise, limit, background=False),
+                            "law_background": _law(scores_QN, best_QT, noise, limit, background=True),
+                            "milvus_agrees": None if agreeing is None else agreeing[limit],
+                        }
+                    )
     _print(results, scores_QN, best_QT)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
+
+
+def _tell(what: str) -> None:
+    print(f"{time.process_time():8.0f} s of CPU: {what}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _server(wanted: bool) -> Iterator[MilvusLink | None]:
+    """A link to a Milvus server of our own, gone afterwards; None if it is not wanted."""
+    if not wanted:
+        yield None
+        return
+    from tests.milvus_process import milvus_server
+
+    with milvus_server() as server, MilvusLink(server.access) as link:
+        yield link
+
+
+def _search_memory(
+    spec: CodeSpec, dim: int, codes_N: NDArray[Any], codes_Q: NDArray[Any], limit: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    index = MemoryIndex(spec, dim)
+    index.add(np.arange(len(codes_N), dtype=np.int64), codes_N)
+    return index.search(codes_Q, limit)
+
+
+def _agreeing(
+    link: MilvusLink,
+    spec: CodeSpec,
+    dim: int,
+    codes_N: NDArray[Any],
+    codes_Q: NDArray[Any],
+    limits: list[int],
+    expected_QL: NDArray[np.int64],
+    cosines_QL: NDArray[np.float32],
+) -> dict[int, int]:
+    """For every limit that the server answers, how many queries get the ids, in the order, that memory gives.
+
+    At the most that a server returns, those tied at the last place are its own choice and left out.
+    """
+    name = f"recall_{spec.size}"
+    index = MilvusServerIndex.create(link, name, spec=spec, dim=dim, timeout_seconds=120)
+    for first in range(0, len(codes_N), IMPORTED):
+        part = codes_N[first : first + IMPORTED]
+        index.add(np.arange(first, first + len(part), dtype=np.int64), part, timeout_seconds=120)
+    index.flush(timeout_seconds=300)
+    agreeing = {}
+    for limit in limits:
+        if limit > MAX_CANDIDATES:
+            agreeing[limit] = 0
+            continue
+        found_QL, _ = index.search(codes_Q, limit, timeout_seconds=300)
+        width = found_QL.shape[1]
+        decided_QL = np.ones(found_QL.shape, dtype=np.bool_)
+        if limit == MAX_CANDIDATES:
+            decided_QL = cosines_QL[:, :width] > cosines_QL[:, width - 1 : width]
+        agreeing[limit] = int(((found_QL == expected_QL[:, :width]) | ~decided_QL).all(axis=1).sum())
+    drop(link, name, timeout_seconds=60)
+    return agreeing
 
 
 def _recall(found_QL: NDArray[np.int64], best_QT: NDArray[np.int64]) -> float:
@@ -125,13 +214,14 @@ def _print(results: list[dict[str, Any]], scores_QN: NDArray[np.float32], best_Q
         f"{scores_QN.shape[1]:,} passages, {scores_QN.shape[0]} queries; exact score at rank 1: {top[:, 0].mean():.3f}"
         f", at rank {TOP}: {top[:, -1].mean():.3f}; background standard deviation {scores_QN.std(axis=1).mean():.4f}\n"
     )
-    print("| code | bytes | sigma | L | recall@10 | law | law + background |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| code | bytes | sigma | L | recall@10 | law | law + background | same in Milvus |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in results:
         unit = "floats" if row["kind"] == "prefix" else "bits"
+        agrees = "" if row["milvus_agrees"] is None else f"{row['milvus_agrees']} of {len(scores_QN)}"
         print(
             f"| {row['k']:,} {unit} | {row['bytes']:,} | {row['sigma']:.4f} | "
-            f"{row['candidates']:,} | {row['recall']:.3f} | {row['law']:.3f} | {row['law_background']:.3f} |"
+            f"{row['candidates']:,} | {row['recall']:.3f} | {row['law']:.3f} | {row['law_background']:.3f} | {agrees} |"
         )
 
 

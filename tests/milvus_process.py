@@ -65,6 +65,13 @@ class MilvusProcess:
         """Whether the process exists, paused or not."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        if self._process is None:
+            raise RuntimeError("the server does not run")
+        return self._process.pid
+
     def start(self) -> None:
         """Start the server and wait until it says that it is healthy."""
         self.launch()

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 CARRIES = "bold green"
 AGAINST = "dim strike"
 _EXCERPT_CHARACTERS = 320
+_COST_GROUPS = {
+    "disk": "On disk or in the object store",
+    "memory": "In memory of encoders and rerankers",
+    "milvus": "In Milvus",
+    "query": "A query",
+    "build": "Building it",
+    "machines": "Machines",
+    "later": "Later",
+}
 # C0 and C1 control characters and the marks that turn the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -246,11 +255,17 @@ def print_plan(console: Console, content: dict[str, Any]) -> None:
         f"L is the least that reaches {target['recall']:g}, within what one search can return"
     )
     console.print(Text(law, style="dim"))
-    table = Table(title=Text("\nCosts", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("what", no_wrap=True)
+    for group, title in _COST_GROUPS.items():
+        print_costs(console, title, [item for item in content["costs"] if item["group"] == group])
+
+
+def print_costs(console: Console, title: str, costs: Sequence[dict[str, Any]]) -> None:
+    """Figures of one kind, each with its formula."""
+    table = Table(title=Text(f"\n{title}", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what", min_width=24, overflow="fold")
     table.add_column("how much", justify="right", no_wrap=True)
     table.add_column("formula", ratio=1, overflow="fold")
-    for item in content["costs"]:
+    for item in costs:
         value = bytes_text(item["value"]) if item["unit"] == "bytes" else _quantity(item["value"], item["unit"])
         table.add_row(item["name"], value, item["formula"])
     console.print(table)

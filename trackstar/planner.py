@@ -1,10 +1,10 @@
-"""What an index of N passages needs: which coarse code, how many candidates, how much disk, memory and GPU time.
+"""What an index of N passages needs: which projection, which coarse code, and how many candidates.
 
     recall = Phi(s / sigma - Phi^-1(1 - L/N))
 
 is the probability that a passage of score s is among the best L of N coarse estimates, whose error has the standard
-deviation sigma of `trackstar.codes` (METHOD: "The coarse code"). Every figure carries the formula it came from, so that
-a plan can be printed and argued with. Nothing here is measured and nothing is built; the target score is the caller's
+deviation sigma of `trackstar.codes` (METHOD: "The coarse code"). What the choice costs is told by `trackstar.costs`.
+Nothing here is measured and nothing is built; the target score is the caller's
 assumption, and small models score several times higher than large ones, so a plan made from a small model's scores is
 too optimistic for a large one.
 """
@@ -23,8 +23,10 @@ from trackstar.errors import InvalidRequest
 
 # What one query to Milvus can return at most.
 MAX_CANDIDATES = 16_384
-# Milvus stores dense float vectors up to this dimension; binary ones go further than any code here.
+# Milvus stores dense float vectors up to this dimension, and bits up to this one in current versions; 2.3.5 takes
+# 32,768 of either (`trackstar.milvus_collection.largest_code` asks a server).
 MAX_PREFIX = 32_768
+MAX_BITS = 262_144
 _MIN_SIZE = 1_024
 # Below this a rerank has too little to choose from, whatever the law says of one passage.
 _MIN_CANDIDATES = 100
@@ -32,8 +34,6 @@ _MIN_CANDIDATES = 100
 _PAPER_LAYER_BLOCKS, _PAPER_SIDE, _MIN_SIDE = 8, 64, 8
 # A whitened dimension of a block is estimated from at least this many rows.
 _ROWS_PER_DIMENSION = 2
-# Sidecar of a row shard, zstd, measured on English sentences: text and token ids per token, all else per passage.
-_SIDECAR_BYTES_PER_TOKEN, _SIDECAR_BYTES_PER_PASSAGE = 4, 24
 _NORMAL = NormalDist()
 
 
@@ -53,16 +53,6 @@ class Plan:
     meets_target: bool
     code_bytes: int
     explanation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """One figure of a plan with its unit (bytes, FLOP or hours) and the formula, numbers put in."""
-
-    name: str
-    value: float
-    unit: str
-    formula: str
 
 
 class ProjectionProposal(NamedTuple):
@@ -99,10 +89,13 @@ def options(
     recall_target: float = 0.95,
     kinds: Sequence[CodeKind] = ("bits", "prefix"),
     max_candidates: int = MAX_CANDIDATES,
+    max_bits: int = MAX_BITS,
 ) -> tuple[Plan, ...]:
     """Every code of 1,024, 2,048, ... coordinates up to all of them, cheapest first; see `plan` for the arguments."""
     if num_passages < 1 or dim < 1 or max_candidates < 1:
         raise InvalidRequest("a plan needs at least one passage, one dimension and one candidate")
+    if max_candidates > MAX_CANDIDATES:
+        raise InvalidRequest(f"Milvus returns at most {MAX_CANDIDATES:,} candidates per query, not {max_candidates:,}")
     if not 0 < recall_target < 1:
         raise InvalidRequest(f"the recall must lie between 0 and 1, not {recall_target}")
     if not -1 <= target_score <= 1:
@@ -112,7 +105,7 @@ def options(
     found = []
     for kind in kinds:
         for size in sizes:
-            if (kind == "bits" and size % 8) or (kind == "prefix" and size > MAX_PREFIX):
+            if size > (max_bits if kind == "bits" else MAX_PREFIX) or (kind == "bits" and size % 8):
                 continue
             sigma = codes.sigma(kind, size, dim)
             required = max(_MIN_CANDIDATES, required_candidates(target_score, sigma, recall_target, num_passages))
@@ -148,6 +141,7 @@ def plan(
     recall_target: float = 0.95,
     kinds: Sequence[CodeKind] = ("bits", "prefix"),
     max_candidates: int = MAX_CANDIDATES,
+    max_bits: int = MAX_BITS,
 ) -> Plan:
     """The code of fewest bytes that reaches the recall, or failing that the one of highest recall, which it says.
 
@@ -158,117 +152,23 @@ def plan(
         recall_target: probability, between 0 and 1, with which they must be among the candidates.
         kinds: codes the index can hold; Milvus Lite holds ("prefix",) only.
         max_candidates: most candidates per query; Milvus returns up to 16,384.
+        max_bits: of the largest code the server takes; 32,768 with Milvus 2.3.5.
 
     Raises:
         InvalidRequest: an argument out of range, or no code of these kinds fits the dimension.
     """
     found = options(
-        num_passages, dim, target_score, recall_target=recall_target, kinds=kinds, max_candidates=max_candidates
+        num_passages,
+        dim,
+        target_score,
+        recall_target=recall_target,
+        kinds=kinds,
+        max_candidates=max_candidates,
+        max_bits=max_bits,
     )
     if not found:
         raise InvalidRequest(f"no code of kind {' or '.join(kinds)} fits {dim} dimensions; allow another kind")
     return next((option for option in found if option.meets_target), max(found, key=lambda option: option.recall))
-
-
-def costs(
-    chosen: Plan,
-    *,
-    num_passages: int,
-    tokens_per_passage: float,
-    block_dims: Sequence[int],
-    num_parameters: int,
-    sustained_flops: float,
-) -> tuple[Cost, ...]:
-    """Disk, memory and compute of an index.
-
-    Args:
-        chosen: the coarse code.
-        num_passages: N.
-        tokens_per_passage: mean number of tokens the model reads per passage.
-        block_dims: D_b of every block; they sum to d.
-        num_parameters: parameters a token passes through (of a mixture of experts, only the active ones).
-        sustained_flops: FLOP/s that one device is assumed to keep up.
-    """
-    dim = sum(block_dims)
-    squares, cubes = (sum(block**power for block in block_dims) for power in (2, 3))
-    shown = (
-        f"{len(block_dims)} blocks of {block_dims[0]:,}" if len(set(block_dims)) == 1 else f"{len(block_dims)} blocks"
-    )
-    num, tokens = f"{num_passages:,} passages", f"{tokens_per_passage:g} tokens"
-    encode, train = 4.0 * num_parameters, 6.0 * num_parameters
-    encode_flop = num_passages * tokens_per_passage * encode
-    whiten_flop = 2.0 * num_passages * squares
-    statistics_flop = 2.0 * num_passages * squares + 9.0 * cubes
-    speed = f"{sustained_flops:.3g} FLOP/s / 3600"
-    return (
-        Cost(
-            name="gradient rows",
-            value=2.0 * num_passages * dim,
-            unit="bytes",
-            formula=f"{num} x {dim:,} numbers x 2 bytes (bf16)",
-        ),
-        Cost(
-            name="coarse codes",
-            value=float(num_passages * chosen.code_bytes),
-            unit="bytes",
-            formula=f"{num} x {chosen.size:,} {'bits / 8' if chosen.kind == 'bits' else 'floats x 4 bytes'}",
-        ),
-        Cost(name="norms", value=4.0 * num_passages, unit="bytes", formula=f"{num} x 4 bytes"),
-        Cost(
-            name="texts and spans",
-            value=num_passages * (_SIDECAR_BYTES_PER_TOKEN * tokens_per_passage + _SIDECAR_BYTES_PER_PASSAGE),
-            unit="bytes",
-            formula=f"{num} x ({tokens} x {_SIDECAR_BYTES_PER_TOKEN} + {_SIDECAR_BYTES_PER_PASSAGE}) bytes, compressed",
-        ),
-        Cost(
-            name="statistics in memory",
-            value=8.0 * squares,
-            unit="bytes",
-            formula=f"{shown}, each squared, x 8 bytes (float64)",
-        ),
-        Cost(
-            name="whitener in memory",
-            value=4.0 * squares,
-            unit="bytes",
-            formula=f"{shown}, each squared, x 4 bytes (float32)",
-        ),
-        Cost(
-            name="rows read per query",
-            value=2.0 * chosen.candidates * dim,
-            unit="bytes",
-            formula=f"{chosen.candidates:,} candidates x {dim:,} numbers x 2 bytes",
-        ),
-        Cost(
-            name="training, per token",
-            value=train,
-            unit="FLOP",
-            formula=f"6 x {num_parameters:,} parameters (forward, and backward to activations and weights)",
-        ),
-        Cost(
-            name="encoding, per token",
-            value=encode,
-            unit="FLOP",
-            formula=f"4 x {num_parameters:,} parameters (forward, and backward to activations only)",
-        ),
-        Cost(
-            name="encoding",
-            value=encode_flop / sustained_flops / 3600,
-            unit="hours",
-            formula=f"{num} x {tokens} x {encode:.3g} FLOP / {speed}",
-        ),
-        Cost(
-            name="statistics",
-            value=statistics_flop / sustained_flops / 3600,
-            unit="hours",
-            formula=f"({num} x 2 x {squares:,} + eigenvectors 9 x {cubes:,}) FLOP / {speed}, from {shown}",
-        ),
-        Cost(
-            name="whitening",
-            value=whiten_flop / sustained_flops / 3600,
-            unit="hours",
-            formula=f"{num} x 2 x {squares:,} FLOP / {speed}, from {shown}",
-        ),
-    )
 
 
 def propose_projection(

@@ -227,9 +227,21 @@ def test_a_plan_needs_no_index(world: World, run: Callable[..., Result]) -> None
     assert plan["model"]["assumed"]
     assert plan["code"]["meets_target"]
     assert all(cost["formula"] for cost in plan["costs"])
+    old_server = json.loads(run("plan", "--passages", 365_000_000, "--score", 0.02, "--max-bits", 32_768, "--json").out)
+    assert max(option["size"] for option in old_server["options"] if option["kind"] == "bits") == 32_768
+    machines = {cost["name"]: cost["value"] for cost in plan["costs"] if cost["group"] == "machines"}
+    assert machines["Milvus query nodes"] > 1
     text = run("plan", "--passages", 1000, "--model", world.model)
     assert "2 layers" in text.out
-    for wrong in (["--layers", 4], ["--code", "floats"], ["--recall", 2], ["--model", world.root / "none"]):
+    assert "In Milvus" in text.out
+    for wrong in (
+        ["--layers", 4],
+        ["--code", "floats"],
+        ["--recall", 2],
+        ["--model", world.root / "none"],
+        ["--days", 0],
+        ["--max-candidates", 20_000],
+    ):
         refused = run("plan", "--passages", 1000, *wrong)
         assert refused.code in (2, 3)
         assert refused.sentence
