@@ -43,6 +43,11 @@ def job_id_of(request_id: str) -> str:
     return f"job-{hashlib.sha256(request_id.encode()).hexdigest()[:12]}"
 
 
+def is_job_id(text: str) -> bool:
+    """Whether `text` can name a job."""
+    return _ID.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobProgress:
     """How far a job is.
@@ -146,7 +151,7 @@ class JobStore:
         Raises:
             InvalidRequest: the id cannot name a job.
         """
-        if not _ID.fullmatch(job_id):
+        if not is_job_id(job_id):
             raise InvalidRequest(f"{job_id[:40]!r} cannot name a job", field="job_id")
         return self._jobs / job_id
 
@@ -156,7 +161,7 @@ class JobStore:
 
     def list(self) -> list[str]:
         """Ids of all jobs, sorted."""
-        return sorted(path.parent.name for path in self._jobs.glob("*/spec.json") if _ID.fullmatch(path.parent.name))
+        return sorted(path.parent.name for path in self._jobs.glob("*/spec.json") if is_job_id(path.parent.name))
 
     def spec(self, job_id: str) -> JobSpec:
         """What was asked.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from services.gateway.job_runners import COMMAND, Run, command_of, first_line, last_error, last_line
+from services.gateway.job_runners import Run, command_of, first_line, last_error, last_line
 from trackstar.errors import InvalidRequest, NotReady, TrackstarError
 
 _ANSWER_BYTES = 1 << 20
@@ -48,7 +48,7 @@ class RayJobRunner:
         self,
         address: str,
         *,
-        command: Sequence[str] = COMMAND,
+        command: Sequence[str],
         token_file: Path | None = None,
         ca_file: Path | None = None,
         environment: Mapping[str, str] | None = None,

@@ -24,8 +24,6 @@ from typing import Literal, Protocol
 from trackstar.errors import NotFound, NotReady
 from trackstar.storage import read_json
 
-COMMAND = ("trackstar", "reindex", "{config}", "--job-id", "{job_id}")
-
 # How the command line begins the sentence that it ends with.
 _ERROR = "error: "
 _LOG_BYTES = 1 << 14
@@ -108,7 +106,7 @@ class ProcessJobRunner:
         self,
         folder: Path,
         *,
-        command: Sequence[str] = COMMAND,
+        command: Sequence[str],
         environment: Mapping[str, str] | None = None,
         stop_seconds: float = 30.0,
     ) -> None:
