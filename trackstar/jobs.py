@@ -7,9 +7,9 @@
     <index>/jobs/<job_id>/cancelled.json   somebody wants it to end
     <index>/jobs/<job_id>/ended.json       how it ended
 
-Contract: spec and config appear together or not at all and never change; so does how a job ended. Everything else is
-replaced whole. Nothing is remembered between calls, so that any process may ask at any time. Times are unix seconds
-and come from the caller. Starts nothing and needs neither torch nor Ray.
+Contract: spec and config appear together or not at all, and never change; nor do submitted, cancelled and ended, of
+which the first counts. progress is replaced whole. Nothing is remembered between calls, so that any process may ask at
+any time. Times are unix seconds and come from the caller. Starts nothing and needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class JobStore:
 
     def write_submitted(self, job_id: str, now_seconds: float) -> None:
         """The job was handed to what runs it."""
-        self._replace(job_id, "submitted.json", {"submitted_seconds": now_seconds})
+        self._once(job_id, "submitted.json", {"submitted_seconds": now_seconds})
 
     def cancelled(self, job_id: str) -> bool:
         """Whether somebody wants the job to end."""
@@ -203,7 +203,7 @@ class JobStore:
 
     def write_cancelled(self, job_id: str, caller: str, now_seconds: float) -> None:
         """`caller` wants the job to end."""
-        self._replace(job_id, "cancelled.json", {"caller": caller, "cancelled_seconds": now_seconds})
+        self._once(job_id, "cancelled.json", {"caller": caller, "cancelled_seconds": now_seconds})
 
     def end(self, job_id: str) -> JobEnd | None:
         """How the job ended; None before."""
@@ -211,8 +211,7 @@ class JobStore:
 
     def write_end(self, job_id: str, end: JobEnd) -> None:
         """The job has ended; the first to say so is believed."""
-        if not (self.home(job_id) / "ended.json").is_file():
-            self._replace(job_id, "ended.json", asdict(end))
+        self._once(job_id, "ended.json", asdict(end))
 
     def _read(self, job_id: str, name: str, kind: TypeAdapter[Record]) -> Record | None:
         path = self.home(job_id) / name
@@ -223,12 +222,19 @@ class JobStore:
         except ValidationError as error:
             raise CorruptArtifact(f"{str(path)!r} is not the record of a job") from error
 
-    def _replace(self, job_id: str, name: str, content: Any) -> None:
+    def _once(self, job_id: str, name: str, content: Any) -> None:
         # Several gateways may say the same at once; under a name of its own none is in another's way.
         path = local(self.home(job_id)) / name
         own = path.with_name(f".{name}.{secrets.token_hex(4)}")
         publish_json(own, content)
-        own.replace(path)
+        try:
+            path.hardlink_to(own)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A file system without links; there the last one at once is believed.
+            own.replace(path)
+        own.unlink(missing_ok=True)
 
 
 def _appears(home: Path, spec: JobSpec, config: str) -> bool:

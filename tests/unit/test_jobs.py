@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trackstar.blobs import local
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
 from trackstar.jobs import PIPELINE_STATES, JobEnd, JobProgress, JobStore, job_id_of
 
@@ -85,6 +86,25 @@ def test_the_first_end_is_believed(store: JobStore) -> None:
     store.write_cancelled("job-1", "me", 2.0)
     assert store.submitted("job-1")
     assert store.cancelled("job-1")
+    assert not [path for path in local(store.home("job-1")).iterdir() if path.name.startswith(".")]
+
+
+def test_of_many_ends_at_once_one_is_believed(store: JobStore) -> None:
+    store.create("job-1", {}, "")
+    begin = threading.Barrier(8)
+    seen: list[JobEnd | None] = []
+
+    def end(number: int) -> None:
+        begin.wait()
+        store.write_end("job-1", JobEnd(state="succeeded", error="", ended_seconds=float(number)))
+        seen.append(store.end("job-1"))
+
+    threads = [threading.Thread(target=end, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 1
 
 
 def test_what_is_missing_broken_or_elsewhere_is_said(store: JobStore, tmp_path: Path) -> None:
