@@ -88,6 +88,8 @@ class JobLedger:
         self._said: dict[str, tuple[float, Run]] = {}
         self._ended: dict[str, Job] = {}
         self._told: set[str] = set()
+        # Why the runner could not be asked lately, and when that was.
+        self._silent: tuple[float, str] | None = None
 
     def ids(self) -> list[str]:
         """Of all jobs, sorted."""
@@ -219,7 +221,14 @@ class JobLedger:
         when, kept = self._said.get(job_id, (0.0, None))
         if kept is not None and now - when < self._fresh_seconds:
             return kept
-        run = self._runner.state(job_id)
+        if self._silent is not None and now - self._silent[0] < self._fresh_seconds:
+            # Calls do not queue up before a cluster that does not answer.
+            raise NotReady(self._silent[1])
+        try:
+            run = self._runner.state(job_id)
+        except NotReady as error:
+            self._silent = (time.monotonic(), str(error))
+            raise
         if run is not None:
             self._said[job_id] = (now, run)
         return run
