@@ -1,10 +1,10 @@
 """Where the files of an index lie: a local folder, or below a URL of an object store.
 
     location("/data/index")            a `pathlib.Path`
-    location("s3://bucket/prefix")     a `RemotePath`: the part of a path's methods that reading an index needs
+    location("s3://bucket/prefix")     a `RemotePath`: the part of a path's methods that an index needs
 
-Reading does not ask which of both it has, except where many small reads of a store are better made at once (`each`).
-Writing does: it needs a local folder (`local`).
+Code does not ask which of both it has, except where many small reads of a store are better made at once (`each`), and
+for a Milvus Lite database, which needs a local folder (`local`). Files are written by `storage.publish`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PAGE_BYTES = 4096
 
 
 class RemotePath:
-    """A place in an object store, with the methods of `pathlib.Path` that reading an index needs."""
+    """A place in an object store, with the methods of `pathlib.Path` that an index needs."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
         self.store = store
@@ -39,6 +39,10 @@ class RemotePath:
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that gets it opens the store anew, with credentials of its own environment.
+        return location, (str(self),)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and (self.store, self.key) == (other.store, other.key)
@@ -89,6 +93,14 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         """The whole object."""
         return self.store.read(self.key)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Put the whole object."""
+        self.store.write(self.key, data)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Take the object away; a missing one is as good."""
+        self.store.delete(self.key)
 
     def read_text(self, encoding: str) -> str:
         """The whole object, decoded."""
@@ -154,7 +166,7 @@ def local(place: Location) -> Path:
         InvalidRequest: it lies in an object store.
     """
     if isinstance(place, RemotePath):
-        raise InvalidRequest(f"{str(place)!r} lies in an object store, which is read only; give a local folder")
+        raise InvalidRequest(f"{str(place)!r} lies in an object store; give a local folder")
     return place
 
 

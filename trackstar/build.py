@@ -1,139 +1,90 @@
 """Building an index: corpus in, active generation out. Every step continues where an interruption left it.
 
-    corpus ─ passages ─► encode ─► row shards ─► R_train ─┬─► whitener ─► codes ─► coarse index ─► active
-                                      task queries ─► R_task ┘
+    corpus ─ plan ─► encode ─► row shards ─► R_train ─┬─► whitener ─► codes ─► coarse index ─► active
+                                  task queries ─► R_task ┘
 
 The unit of work is a shard: a run of `shard_passages` consecutive passages, encoded in batches that depend on its own
 passages only and published atomically. What is finished is never built again; the finished folder has the same bytes
-however often the build was interrupted.
+however often the build was interrupted and whoever did the work: an `Engine` spreads items over this process or a
+cluster, and nothing here knows which.
+
+Where an index exists, the same settings with another mix or code give a new generation on the same rows, with `append`
+one that stands on the old rows and new ones, and with `purge` one without the deleted passages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import safetensors.torch
-import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from numpy.typing import NDArray
 
-from trackstar.codes import check_size
+from trackstar.audit import AuditConfig, audit_generation
+from trackstar.audit_record import publish_audit, read_audit
+from trackstar.blobs import Location, each, location
 from trackstar.corpus import Corpus, CorpusConfig
-from trackstar.encode import Encoder, Example, fold_factors
-from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
-from trackstar.estimate import estimate_moments
-from trackstar.generation import CodeConfig, Generation, GenerationConfig, build_generation
-from trackstar.hessian import Autocorrelation, MixConfig, autocorrelation
-from trackstar.index import (
-    COMPUTE_DTYPES,
-    FORMAT,
-    Correction,
-    check_identity,
-    fix_identity,
-    load_correction,
-    save_correction,
+from trackstar.correlation_tree import Node, leaves_of, level_above, node_path, remove_tree
+from trackstar.encode import Example
+from trackstar.engine import Engine, LocalEngine
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest
+from trackstar.generation import Generation, read_facts
+from trackstar.generation_files import (
+    GenerationSpec,
+    finish_generation,
+    publish_background,
+    read_excluded,
+    start_generation,
 )
-from trackstar.model import LoadedModel, load_model
-from trackstar.moments import load_moments
-from trackstar.passages import Cursor, Passage, begin_token, read_passages
-from trackstar.planner import propose_projection
-from trackstar.projection import BlockLayout
+from trackstar.index import Index, differences
+from trackstar.index_config import IndexConfig
+from trackstar.index_config import make_config as make_config
+from trackstar.index_config import read_config as read_config
+from trackstar.locks import writing
+from trackstar.model import load_tokenizer
+from trackstar.passages import begin_token
+from trackstar.prepare import PrepareWorker
+from trackstar.prepare import default_shard_passages as default_shard_passages
 from trackstar.queries import read_queries, tokenize
-from trackstar.rows import ROW_DTYPES, RowStore, finished_shards, mark_complete, write_shard
-from trackstar.storage import digest_of, publish, publish_json, read_json
-
-_COUNTED_DOCUMENTS = 20_000
-
-
-class ProjectionConfig(BaseModel):
-    """P_d. Numbers left out are proposed from the model and explained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer_blocks: int | None = Field(default=None, ge=1)
-    rows: int | None = Field(default=None, ge=1)
-    cols: int | None = Field(default=None, ge=1)
-    seed: int = 0
-
-
-class MomentsConfig(BaseModel):
-    """V. `source`: "none", "estimate", a Trainer checkpoint folder or its optimizer.pt, or a safetensors file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = "none"
-    rank: int = Field(default=1, ge=1, le=64)
-    exact: bool = False
-    sample: int = Field(default=1024, ge=1)
-
-
-class IndexConfig(BaseModel):
-    """Everything that determines an index. Unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    corpus: CorpusConfig
-    model: str
-    moments: MomentsConfig = MomentsConfig()
-    projection: ProjectionConfig = ProjectionConfig()
-    mix: MixConfig = MixConfig()
-    task_queries: str | None = None
-    code: CodeConfig = CodeConfig()
-    background: int = Field(default=1000, ge=2)
-    window_tokens: int | None = Field(default=None, ge=2)
-    row_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    shard_passages: int | None = Field(default=None, ge=1)
-    max_batch_tokens: int = Field(default=8192, ge=1)
-    exclude: tuple[str, ...] = ()
-    trust_remote_code: bool = False
-    device: str = "cpu"
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dictionary for `IndexConfig`.
-
-    Raises:
-        NotFound: no such file.
-        InvalidRequest: it is not a YAML mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no config file {str(path)!r}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{str(path)!r} is not valid YAML") from error
-    if not isinstance(content, dict):
-        raise InvalidRequest(f"{str(path)!r} must hold a mapping of settings")
-    return content
-
-
-def make_config(content: dict[str, Any]) -> IndexConfig:
-    """Validate settings.
-
-    Raises:
-        InvalidRequest: an unknown key, or a value out of range; the message names it.
-    """
-    try:
-        return IndexConfig(**content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InvalidRequest(f"the config has an unknown key {place!r}; remove it or correct its name") from error
-        raise InvalidRequest(f"the config's {place or 'settings'}: {first['msg']}") from error
+from trackstar.row_shards import Receipt, complete_part, finished_shards, read_part, read_receipt, stem
+from trackstar.rows import RowStore
+from trackstar.runs import (
+    Outline,
+    Plan,
+    all_outlines,
+    cut_runs,
+    load_plan,
+    missing_outlines,
+    outline_path,
+    save_plan,
+)
+from trackstar.storage import digest_of, leftovers, read_json
+from trackstar.tombstones import read_deleted
+from trackstar.workers import (
+    CodeWorker,
+    EncoderMaker,
+    EncodeWorker,
+    ModelLoader,
+    OutlineWorker,
+    Purge,
+    PurgeWorker,
+    SumWorker,
+    TaskWorker,
+    WhitenItem,
+    WhitenWorker,
+)
 
 
 class Progress(Protocol):
     """Hears how far a build is; all counts are of this run and of the whole."""
 
-    def start(self, step: str, done: int, total: int | None) -> None:
-        """A step begins with `done` of `total` units finished; None if the total is not known."""
+    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+        """A step begins with `done` of `total` units finished, None if the total is not known.
+
+        `tokens`: how many are still to be processed, where a step goes by tokens.
+        """
 
     def advance(self, step: str, done: int, tokens: int) -> None:
         """`done` units in all are finished; `tokens` were processed since the last call."""
@@ -141,11 +92,14 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth telling once."""
 
+    def shards(self, step: str, finished: int, planned: int) -> None:
+        """So many shards have come through a step, of all there are."""
+
 
 class Silent:
     """A progress that says nothing."""
 
-    def start(self, step: str, done: int, total: int | None) -> None:
+    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
         """Nothing."""
 
     def advance(self, step: str, done: int, tokens: int) -> None:
@@ -154,304 +108,369 @@ class Silent:
     def note(self, text: str) -> None:
         """Nothing."""
 
+    def shards(self, step: str, finished: int, planned: int) -> None:
+        """Nothing."""
+
+
+class Build:
+    """One build of one index, in steps.
+
+    Args:
+        config: what to build.
+        root: the index folder or URL.
+        engine: who does the work.
+        progress: hears of it.
+        make_encoder: what encodes passages; the model in the process of the worker if None.
+    """
+
+    def __init__(
+        self,
+        config: IndexConfig,
+        root: Location,
+        *,
+        engine: Engine,
+        progress: Progress,
+        make_encoder: EncoderMaker | None = None,
+    ) -> None:
+        self.config, self.root, self.engine, self.progress = config, root, engine, progress
+        self._loader = ModelLoader(config)
+        self._make_encoder = make_encoder or self._loader.encoder
+
+    def run(self, *, verify: bool = False) -> str:
+        """Build, or finish building, a generation; returns its name. It answers nothing yet.
+
+        Args:
+            verify: compare every finished shard with its digests and build altered ones again.
+
+        Raises:
+            TrackstarError: see the modules; nothing that was finished before is lost.
+        """
+        self._prepare()
+        # Read before anything expensive, so that a bad query file is known at once.
+        task = self._task_examples()
+        if verify:
+            self._drop_altered()
+        first_shard = first_passage = 0
+        for number, corpus in enumerate(self.config.corpora):
+            plan = self._plan(number, corpus, first_shard, first_passage)
+            self._encode(number, corpus, plan)
+            first_shard, first_passage = first_shard + len(plan.runs), first_passage + plan.num_passages
+        spec, excluded = self._spec(task)
+        home = self.root / "generations" / spec.name
+        if not (home / "generation.json").is_file():
+            start_generation(home, spec, excluded)
+            self._whiten(home, spec, task)
+            self._code(home, spec)
+        return spec.name
+
+    def _prepare(self) -> None:
+        self.progress.start("preparing", 0, None)
+        report = partial(self.progress.advance, "preparing", 0)
+        for notes in self.engine.map("prepare", partial(PrepareWorker, load=self._loader), [self.root], report=report):
+            for note in notes:
+                self.progress.note(note)
+        self._index = Index(self.root)
+        self._rows = self.root / "rows"
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _plan(self, number: int, config: CorpusConfig, first_shard: int, first_passage: int) -> Plan:
+        """The part's runs; the corpus is compared with what they were planned from."""
+        corpus = Corpus(config)
+        facts = {**config.model_dump(mode="json"), "fingerprint": corpus.fingerprint()}
+        if (plan := load_plan(self._rows, number)) is not None:
+            for name, then, now in differences(dict(plan.corpus), facts, "corpus"):
+                key = name if number == 0 else f"append.{number - 1}{name.removeprefix('corpus')}"
+                raise Incompatible(
+                    f"{str(self.root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or "
+                    "give another --out"
+                )
+            return plan
+        files = missing_outlines(self._rows, number, corpus.num_files)
+        done = corpus.num_files - len(files)
+        self.progress.start("planning", done, corpus.num_files)
+        make = partial(OutlineWorker, rows=self._rows, part=number, corpus=config, config=self.config)
+        for _ in self.engine.map("planning", make, files):
+            done += 1
+            self.progress.advance("planning", done, 0)
+        tokenizer, _ = load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        bad, examples, num_documents = 0, list[str](), 0
+
+        def noted() -> Iterator[Outline]:
+            nonlocal bad, num_documents
+            for outline in all_outlines(self._rows, number, corpus.num_files):
+                bad, num_documents = bad + outline.bad_records, num_documents + len(outline.tokens)
+                examples.extend(outline.bad_examples)
+                yield outline
+
+        runs = list(
+            cut_runs(
+                noted(),
+                window_tokens=self._index.facts["window_tokens"],
+                add_bos=begin_token(tokenizer) is not None,
+                shard_passages=self._index.facts["shard_passages"],
+                first_shard=first_shard,
+                first_passage=first_passage,
+            )
+        )
+        if not num_documents:
+            raise InvalidRequest(
+                f"The corpus {', '.join(config.paths)} holds no documents"
+                + (f": every record is bad, such as {examples[0]}" if examples else ".")
+            )
+        plan = Plan(runs=runs, corpus=facts, bad_records=bad, bad_examples=tuple(examples[:5]))
+        save_plan(self._rows, number, plan)
+        for file in range(corpus.num_files):
+            outline_path(self._rows, number, file).unlink(missing_ok=True)
+        return plan
+
+    def _encode(self, number: int, corpus: CorpusConfig, plan: Plan) -> None:
+        finished = set(finished_shards(self._rows))
+        missing = [run for run in plan.runs if run.shard not in finished]
+        if not missing and read_part(self._rows, number) is not None:
+            return
+        done = plan.num_passages - sum(run.num_passages for run in missing)
+        left = sum(run.num_tokens for run in missing)
+        self.progress.start("encoding", done, plan.num_passages, tokens=left)
+        make = partial(EncodeWorker, root=self.root, corpus=corpus, config=self.config, make=self._make_encoder)
+
+        def report(tokens: int) -> None:
+            self.progress.advance("encoding", done, tokens)
+
+        first, planned = plan.runs[0].shard, plan.runs[-1].shard + 1
+        encoded = first + len(plan.runs) - len(missing)
+        self.progress.shards("encoding", encoded, planned)
+        for receipt in self.engine.map("encoding", make, missing, report=report):
+            done, encoded = done + receipt.num_passages, encoded + 1
+            self.progress.advance("encoding", done, 0)
+            self.progress.shards("encoding", encoded, planned)
+        if plan.bad_records:
+            self.progress.note(f"{plan.bad_records} bad records were skipped: {'; '.join(plan.bad_examples)}")
+        facts = self._index.facts
+        complete_part(
+            self._rows,
+            number,
+            each(self._rows, lambda run: self._receipt(run.shard, run.num_passages), plan.runs),
+            first_shard=plan.runs[0].shard if plan.runs else 0,
+            shard_passages=facts["shard_passages"],
+            dim=facts["dim"],
+            dtype=facts["row_dtype"],
+            corpus=plan.corpus,
+        )
+
+    def _receipt(self, shard: int, num_passages: int) -> Receipt:
+        receipt = read_receipt(self._rows, shard)
+        if receipt is None or receipt.num_passages != num_passages:
+            raise CorruptArtifact(
+                f"shard {shard} of {str(self._rows)!r} is not the one that was planned; delete its receipt "
+                f"{stem(self._rows, shard).name}.json and give the same command again"
+            )
+        return receipt
+
+    def _drop_altered(self) -> None:
+        """Delete the receipts of shards whose files are not what they say, so that they are built again."""
+        for shard in finished_shards(self._rows):
+            path = stem(self._rows, shard).with_suffix(".json")
+            try:
+                RowStore.verify_files(path, read_json(path))
+            except CorruptArtifact:
+                self.progress.note(f"building shard {shard} again, its files are not what was written")
+                path.unlink()
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    def _spec(self, task: Sequence[Example]) -> tuple[GenerationSpec, NDArray[np.int64]]:
+        """What the generation is, and which passages it leaves out."""
+        parts = len(self.config.corpora)
+        before = self._active_facts()
+        base = {int(shard): version for shard, version in before.get("versions", {}).items()}
+        rows = RowStore(self._rows, parts=parts, versions=base)
+        excluded = np.empty(0, dtype=np.int64)
+        # What was purged once stays away: its old shards may be gone.
+        if self.config.purge or before.get("excluded") is not None:
+            deleted = read_deleted(self.root).passage_ids
+            excluded = deleted[deleted < rows.num_passages]
+        versions = self._purge(rows, excluded) if len(excluded) else {}
+        rows.close()
+        whole = RowStore(self._rows, parts=parts, versions=versions)
+        first = read_part(self._rows, 0)
+        assert first is not None
+        spec = GenerationSpec(
+            rows=whole.digest,
+            parts=parts,
+            versions=versions,
+            excluded=digest_of(excluded.tolist()) if len(excluded) else None,
+            statistics=whole.digest if self.config.refit else first.digest,
+            task=_digest_of_examples(task) if task else None,
+            mix=self.config.mix,
+            code=self.config.code,
+            background=self.config.background,
+        )
+        whole.close()
+        return spec, excluded
+
+    def _active_facts(self) -> dict[str, Any]:
+        """What the generation that answers now says of itself; nothing if there is none."""
+        name = self._index.catalog.pointer()
+        if name is None or name not in self._index.generation_names():
+            return {}
+        return read_facts(self._index.catalog.home(name))
+
+    def _purge(self, rows: RowStore, excluded: NDArray[np.int64]) -> dict[int, str]:
+        """Write the shards of deleted passages anew; returns their versions."""
+        shards = np.searchsorted(rows.starts, excluded, side="right") - 1
+        items = []
+        for shard in np.unique(shards).tolist():
+            ids = tuple(excluded[shards == shard].tolist())
+            items.append(Purge(shard=shard, version=digest_of(ids)[:8], passage_ids=ids))
+        self.progress.start("purging", 0, len(items))
+        make = partial(PurgeWorker, root=self.root, parts=len(rows.parts), versions=rows.versions)
+        for done, _ in enumerate(self.engine.map("purging", make, items), start=1):
+            self.progress.advance("purging", done, 0)
+        return {item.shard: item.version for item in items}
+
+    def _whiten(self, home: Location, spec: GenerationSpec, task: Sequence[Example]) -> None:
+        if (home / "whitener.json").is_file():
+            return
+        known_task = self._task_statistics(task, spec.task) if spec.task is not None else None
+        train = self.root / "statistics" / f"train-{spec.statistics[:12]}.safetensors"
+        root_node, nodes = None, list[Node]()
+        if spec.mix.kind != "none" and not train.with_suffix(".json").is_file():
+            nodes = self._sum(train.parent / train.name.removesuffix(".safetensors"), spec)
+            root_node = node_path(train.parent / train.name.removesuffix(".safetensors"), nodes[-1])
+        item = WhitenItem(
+            home=home, mix=spec.mix, train=train, statistics=spec.statistics, root_node=root_node, task=known_task
+        )
+        self.progress.start("whitening", 0, 1)
+        for _ in self.engine.map("whitening", partial(WhitenWorker, root=self.root), [item]):
+            self.progress.advance("whitening", 1, 0)
+        if nodes:
+            remove_tree(train.parent / train.name.removesuffix(".safetensors"), nodes)
+
+    def _sum(self, folder: Location, spec: GenerationSpec) -> list[Node]:
+        """Make the tree of R_train; returns its nodes, the root last."""
+        parts, versions = (spec.parts, spec.versions) if self.config.refit else (1, {})
+        rows = RowStore(self._rows, parts=parts, versions=versions)
+        level = leaves_of(rows.num_shards, self._index.facts["shard_passages"], self._index.layout)
+        total, num_leaves = rows.num_passages, len(level)
+        rows.close()
+        self.progress.start("statistics", 0, total)
+        make = partial(
+            SumWorker, root=self.root, parts=parts, versions=versions, folder=folder, device=self.config.device
+        )
+        nodes, done = list(level), 0
+        while True:
+            for count in self.engine.map("statistics", make, level):
+                done += count
+                self.progress.advance("statistics", done, 0)
+            if len(level) == 1:
+                assert num_leaves
+                return nodes
+            level = level_above(level)
+            nodes += level
+
+    def _code(self, home: Location, spec: GenerationSpec) -> None:
+        rows = RowStore(self._rows, parts=spec.parts, versions=spec.versions)
+        others = [
+            self._index.catalog.home(name)
+            for name in self._index.generation_names()
+            if name != spec.name and read_facts(self._index.catalog.home(name)).get("coding") == spec.coding
+        ]
+        make = partial(
+            CodeWorker,
+            root=self.root,
+            home=home,
+            spec=spec.identity(),
+            coding=spec.coding,
+            others=others,
+            device=self.config.device,
+        )
+        done = 0
+        self.progress.start("coding", 0, rows.num_passages)
+        for coded, count in enumerate(self.engine.map("coding", make, range(rows.num_shards)), start=1):
+            done += count
+            self.progress.advance("coding", done, 0)
+            self.progress.shards("coding", coded, rows.num_shards)
+        publish_background(home, rows, spec.background, read_excluded(home))
+        finish_generation(home, spec, rows)
+        rows.close()
+
+    def _task_examples(self) -> list[Example]:
+        config = self.config
+        if config.mix.kind != "task":
+            return []
+        if config.task_queries is None:
+            raise InvalidRequest("a task mix needs task queries; give them with --task-queries")
+        tokenizer, _ = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        window = self._index.facts["window_tokens"]
+        queries = read_queries(config.task_queries)
+        return [tokenize(query, tokenizer, add_bos=True, max_tokens=window) for query in queries]
+
+    def _task_statistics(self, task: Sequence[Example], digest: str) -> tuple[Location, str]:
+        """Where R_task lies, and what it is of."""
+        path = self.root / "statistics" / f"task-{digest[:12]}.safetensors"
+        if not path.with_suffix(".json").is_file():
+            self.progress.start("task queries", 0, len(task))
+            make = partial(TaskWorker, root=self.root, make=self._make_encoder)
+            for _ in self.engine.map("encoding", make, [(task, path, digest)]):
+                self.progress.advance("task queries", len(task), 0)
+        return path, digest
+
 
 def build_index(
-    config: IndexConfig, out: str | Path, *, progress: Progress | None = None, verify: bool = False
+    config: IndexConfig,
+    out: str | Location,
+    *,
+    progress: Progress | None = None,
+    verify: bool = False,
+    engine: Engine | None = None,
 ) -> Generation:
     """Build, or finish building, an index and make its generation active.
 
     Args:
         config: what to build.
-        out: the index folder.
+        out: the index folder, or the URL of one in an object store.
         progress: hears how far it is.
         verify: compare every finished shard with its digests and build altered ones again.
+        engine: who does the work; this process if None.
 
     Raises:
         TrackstarError: see the modules; nothing that was finished before is lost.
+        NotReady: another process builds there, or the audit did not pass; then what answered before still does.
     """
-    progress, root = progress or Silent(), Path(out)
-    corpus = Corpus(config.corpus)
-    loaded = load_model(
-        config.model,
-        dtype=COMPUTE_DTYPES[config.compute_dtype],
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        exclude=config.exclude,
-    )
-    layout = _layout(config, loaded, corpus, progress)
-    check_size(config.code.spec(layout.dim).size, layout.dim)
-    window = min(config.window_tokens or loaded.max_tokens, loaded.max_tokens)
-    identity = _identity(config, loaded, corpus, layout, window)
-    check_identity(root, identity)
-    correction = _correction(root, config, loaded, corpus, window, progress)
-    fix_identity(root, identity)
-    save_correction(root / "correction.safetensors", correction)
-    encoder = Encoder(
-        loaded,
-        layout,
-        fold_factors(loaded, layout, correction, seed=config.projection.seed),
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    # Read before anything expensive, so that a bad query file is known at once.
-    task_examples = _task_examples(config, loaded, window)
-    shard_passages = config.shard_passages or default_shard_passages(layout.dim, config.row_dtype)
-    folder = root / "rows"
-    if verify:
-        _drop_altered(folder, progress)
-    _encode_rows(folder, config, corpus, loaded, encoder, window, shard_passages, progress)
-    rows = RowStore(folder)
-    progress.start("coding", 0, rows.num_passages)
-    generation = build_generation(
-        root / "generations",
-        rows,
-        layout,
-        GenerationConfig(mix=config.mix, code=config.code, background=config.background),
-        train=lambda: _train_statistics(root, rows, layout, progress),
-        task=_task_statistics(root, task_examples, encoder) if task_examples else None,
-        on_rows=lambda step, done, _total: progress.advance(step, done, 0),
-    )
-    publish_json(root / "active.json", {"generation": generation.name})
-    encoder.close()
+    progress, root = progress or Silent(), location(out)
+    if isinstance(root, Path) and root.exists() and not root.is_dir():
+        raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
+    with writing(root):
+        build = Build(config, root, engine=engine or LocalEngine(), progress=progress)
+        name = build.run(verify=verify)
+        generation = Index(root).generation(name)
+        generation.import_codes(lambda step, done, _total: progress.advance(step, done, 0))
+        _audit(config.audit, generation, progress)
+        if isinstance(root, Path):
+            for path in leftovers(root):
+                path.unlink(missing_ok=True)
+        if config.activate:
+            Index(root).catalog.activate(name)
     return generation
 
 
-def default_shard_passages(dim: int, row_dtype: str) -> int:
-    """Passages per shard so that its rows take about 128 MiB, a power of two between 64 and 16,384."""
-    row_bytes = dim * ROW_DTYPES[row_dtype].itemsize
-    return int(min(16384, max(64, 1 << ((1 << 27) // row_bytes).bit_length() - 1)))
-
-
-def _layout(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, progress: Progress) -> BlockLayout:
-    wanted = config.projection
-    if wanted.layer_blocks and wanted.rows and wanted.cols:
-        return loaded.layout(layer_blocks=wanted.layer_blocks, rows=wanted.rows, cols=wanted.cols)
-    # Beyond some size the corpus no longer limits the projection, so counting stops there.
-    counted = sum(1 for _ in islice(corpus.documents(), _COUNTED_DOCUMENTS))
-    layer_blocks, rows, cols, explanation = propose_projection(loaded.num_layers, loaded.num_parameters, counted)
-    progress.note(explanation)
-    return loaded.layout(
-        layer_blocks=wanted.layer_blocks or layer_blocks, rows=wanted.rows or rows, cols=wanted.cols or cols
-    )
-
-
-def _identity(
-    config: IndexConfig, loaded: LoadedModel, corpus: Corpus, layout: BlockLayout, window: int
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "model": {
-            "path": str(Path(config.model).resolve()),
-            "digest": loaded.digest,
-            "architecture": type(loaded.model).__name__,
-            "parameters": loaded.num_parameters,
-        },
-        "corpus": {**config.corpus.model_dump(mode="json"), "fingerprint": corpus.fingerprint()},
-        "moments": config.moments.model_dump(),
-        "projection": {"seed": config.projection.seed, "layer_blocks": len(layout.blocks) // 2},
-        "blocks": [{"name": block.name, "rows": block.rows, "cols": block.cols} for block in layout.blocks],
-        "dim": layout.dim,
-        "window_tokens": window,
-        "add_bos": begin_token(loaded.tokenizer) is not None,
-        "row_dtype": config.row_dtype,
-        "compute_dtype": config.compute_dtype,
-        "shard_passages": config.shard_passages or default_shard_passages(layout.dim, config.row_dtype),
-        "max_batch_tokens": config.max_batch_tokens,
-        "exclude": list(config.exclude),
-    }
-
-
-def _correction(
-    root: Path, config: IndexConfig, loaded: LoadedModel, corpus: Corpus, window: int, progress: Progress
-) -> Correction:
-    path = root / "correction.safetensors"
-    if path.is_file():
-        return load_correction(path)
-    if config.moments.source == "estimate":
-        sample = [_example(passage) for passage in _sample(loaded, corpus, window, config.moments.sample)]
-        progress.start("moments", 0, len(sample))
-        moments = estimate_moments(
-            loaded,
-            sample,
-            max_batch_tokens=config.max_batch_tokens,
-            on_batch=lambda done: progress.advance("moments", done, 0),
-        )
-    else:
-        names = [member.name for member in loaded.members]
-        moments = load_moments(config.moments.source, loaded.model, names=names)
-    correction: Correction = {}
-    errors: list[tuple[float, int]] = []
-    for member in loaded.members:
-        shape = (member.out_features, member.in_features)
-        if config.moments.exact and member.name in moments.full:
-            correction[member.name] = moments.exact(member.name, shape)
-            continue
-        scale = moments.scale(member.name, shape, config.moments.rank)
-        correction[member.name] = scale
-        errors.append((scale.error, shape[0] * shape[1]))
-    if moments.full and errors:
-        mean = sum(error * size for error, size in errors) / sum(size for _, size in errors)
-        progress.note(
-            f"Adam's second moments fitted by {config.moments.rank} separable term(s) per weight: expected "
-            f"relative squared error of the corrected gradient {mean:.4f} on average, "
-            f"{max(error for error, _ in errors):.4f} at worst"
-        )
-    return correction
-
-
-def _sample(loaded: LoadedModel, corpus: Corpus, window: int, size: int) -> list[Passage]:
-    """A reservoir sample of the first 64 * size passages, the same for the same corpus."""
-    generator = np.random.Generator(np.random.Philox(key=1))
-    kept: list[Passage] = []
-    passages = read_passages(
-        corpus, loaded.tokenizer, window_tokens=window, add_bos=True, start=Cursor(0, 0), first_id=0
-    )
-    for seen, (passage, _) in enumerate(islice(passages, 64 * size)):
-        if len(kept) < size:
-            kept.append(passage)
-        elif (slot := int(generator.integers(0, seen + 1))) < size:
-            kept[slot] = passage
-    return kept
-
-
-def _example(passage: Passage) -> Example:
-    return Example(tokens=passage.tokens)
-
-
-def _encode_rows(
-    folder: Path,
-    config: IndexConfig,
-    corpus: Corpus,
-    loaded: LoadedModel,
-    encoder: Encoder,
-    window: int,
-    shard_passages: int,
-    progress: Progress,
-) -> None:
-    if (folder / "complete.json").is_file() and _all_receipts(folder):
+def _audit(config: AuditConfig, generation: Generation, progress: Progress) -> None:
+    """Audit a generation, unless its last audit passed as strict a one, and keep what was found."""
+    known = read_audit(generation.home)
+    if known is not None and known.passed and known.min_recall >= config.min_recall and known.k == config.k:
         return
-    finished = sum(receipt.num_passages for receipt in finished_shards(folder))
-    progress.start("encoding", finished, None)
-    for shard, passages, cursor in _missing_shards(folder, corpus, loaded, window, shard_passages):
-        on_batch = partial(progress.advance, "encoding", finished)
-        encoded = encoder.encode([_example(passage) for passage in passages], on_batch=on_batch)
-        finite = torch.isfinite(encoded.rows_ND).all(dim=1)
-        if not bool(finite.all()):
-            bad = passages[int((~finite).nonzero()[0])]
-            raise InvalidRequest(
-                f"the gradient of document {bad.doc_id!r} (passage {bad.passage_id}) is not finite; "
-                "the checkpoint may be damaged, or a compute dtype of higher precision is needed"
-            )
-        write_shard(
-            folder, shard, passages, encoded.rows_ND, encoded.loss_N, dtype=config.row_dtype, next_cursor=cursor
-        )
-        finished += len(passages)
-        progress.advance("encoding", finished, 0)
-    if corpus.bad_records:
-        examples = "; ".join(corpus.bad_examples)
-        progress.note(f"{corpus.bad_records} bad records were skipped: {examples}")
-    mark_complete(folder, shard_passages=shard_passages, dim=encoder.layout.dim, dtype=config.row_dtype)
+    found = audit_generation(
+        generation,
+        generation.rows,
+        generation.coarse,
+        config,
+        codes=generation.codes,
+        coarse_name=generation.code.store,
+        on_step=lambda _step, done, _total: progress.advance("audit", done, 0),
+    )
+    publish_audit(generation.home, found)
 
 
-def _missing_shards(
-    folder: Path, corpus: Corpus, loaded: LoadedModel, window: int, shard_passages: int
-) -> Iterator[tuple[int, Sequence[Passage], Cursor]]:
-    """Number, passages and end of every shard that has no receipt; the corpus is read on from the last known cursor."""
-    cursor, shard = Cursor(0, 0), 0
-    stream: Iterator[tuple[Passage, Cursor]] | None = None
-    while True:
-        receipts = _receipt(folder, shard)
-        if receipts is not None:
-            count, cursor = receipts
-            stream = None
-            shard += 1
-            if count < shard_passages:
-                return
-            continue
-        if stream is None:
-            stream = read_passages(
-                corpus,
-                loaded.tokenizer,
-                window_tokens=window,
-                add_bos=True,
-                start=cursor,
-                first_id=shard * shard_passages,
-            )
-        found = list(islice(stream, shard_passages))
-        if not found:
-            return
-        cursor = found[-1][1]
-        yield shard, [passage for passage, _ in found], cursor
-        shard += 1
-
-
-def _receipt(folder: Path, shard: int) -> tuple[int, Cursor] | None:
-    path = folder / f"{shard:06d}.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return content["num_passages"], Cursor(*content["next_cursor"])
-
-
-def _all_receipts(folder: Path) -> bool:
-    return len(finished_shards(folder)) == int(read_json(folder / "complete.json")["num_shards"])
-
-
-def _drop_altered(folder: Path, progress: Progress) -> None:
-    """Delete the receipts of shards whose files are not what they say, so that they are built again."""
-    for path in sorted(folder.glob("[0-9]*.json")):
-        try:
-            RowStore.verify_files(path, read_json(path))
-        except CorruptArtifact:
-            progress.note(f"building shard {int(path.stem)} again, its files are not what was written")
-            path.unlink()
-
-
-def _train_statistics(root: Path, rows: RowStore, layout: BlockLayout, progress: Progress) -> Autocorrelation:
-    path = root / "statistics" / "train.safetensors"
-    if (known := _load_statistics(path, rows.digest)) is not None:
-        return known
-    progress.start("statistics", 0, rows.num_passages)
-
-    def batches() -> Iterator[torch.Tensor]:
-        for first, batch in rows.batches(verify=True):
-            yield batch
-            progress.advance("statistics", first + len(batch), 0)
-
-    found = autocorrelation(batches(), layout)
-    _save_statistics(path, found, rows.digest)
-    return found
-
-
-def _task_examples(config: IndexConfig, loaded: LoadedModel, window: int) -> list[Example]:
-    if config.mix.kind != "task":
-        return []
-    if config.task_queries is None:
-        raise InvalidRequest("a task mix needs task queries; give them with --task-queries")
-    queries = read_queries(config.task_queries)
-    return [tokenize(query, loaded.tokenizer, add_bos=True, max_tokens=window) for query in queries]
-
-
-def _task_statistics(root: Path, examples: Sequence[Example], encoder: Encoder) -> tuple[Autocorrelation, str]:
-    """R_task and a digest of the queries it was made from."""
-    digest = digest_of([[example.tokens.tolist(), example.first_target] for example in examples])
-    path = root / "statistics" / f"task-{digest[:12]}.safetensors"
-    if (known := _load_statistics(path, digest)) is not None:
-        return known, digest
-    batches = (encoder.encode(examples[start : start + 512]).rows_ND for start in range(0, len(examples), 512))
-    found = autocorrelation(batches, encoder.layout)
-    _save_statistics(path, found, digest)
-    return found, digest
-
-
-def _save_statistics(path: Path, found: Autocorrelation, digest: str) -> None:
-    blocks = {f"{index:03d}": block for index, block in enumerate(found.blocks)}
-    publish(path, safetensors.torch.save(blocks, {"of": digest}))
-    publish_json(path.with_suffix(".json"), {"of": digest, "count": found.count})
-
-
-def _load_statistics(path: Path, digest: str) -> Autocorrelation | None:
-    note = path.with_suffix(".json")
-    if not note.is_file() or (content := read_json(note))["of"] != digest:
-        return None
-    blocks = safetensors.torch.load_file(path)
-    return Autocorrelation(blocks=tuple(block for _, block in sorted(blocks.items())), count=content["count"])
+def _digest_of_examples(examples: Iterable[Example]) -> str:
+    return digest_of([[example.tokens.tolist(), example.first_target] for example in examples])

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trackstar.blobs import Location, local, location
+from trackstar.audit_record import check_audited
+from trackstar.blobs import Location, location
 from trackstar.code_config import CodeConfig
 from trackstar.codes import CodeSpec
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
 from trackstar.storage import digest_of, publish_json, read_json
 
-FORMAT = 1
+FORMAT = 2
 State = Literal["building", "ready", "active"]
 
 
@@ -27,8 +28,9 @@ class GenerationFacts:
     """One generation.
 
     checkpoint_digest: of the model. config_digest: of everything else that decides the scores: corpus, projection,
-    correction, rows, mix and code. num_passages: N. dim: d of the rows. mix: "train", "task" or "none"; weight: the
-    task's share; damping: relative to the mean eigenvalue. store: where codes are searched. Of a generation that is
+    correction, rows, mix and code. num_passages: N, purged ones included. num_codes: passages that the coarse index
+    holds. dim: d of the rows. mix: "train", "task" or "none"; weight: the task's share; damping: relative to the mean
+    eigenvalue. store: where codes are searched. Of a generation that is
     still being built only name, state, checkpoint_digest and dim are known; the rest is empty or 0, `spec` None.
     """
 
@@ -37,6 +39,7 @@ class GenerationFacts:
     checkpoint_digest: str
     config_digest: str
     num_passages: int
+    num_codes: int
     dim: int
     mix: str
     weight: float
@@ -108,7 +111,8 @@ class Catalog:
                 state="active" if name == self.pointer() else "ready",
                 checkpoint_digest=self.facts["model"]["digest"],
                 config_digest=self._config_digest(content),
-                num_passages=self._num_passages(),
+                num_passages=content["num_passages"],
+                num_codes=content["num_codes"],
                 dim=self.facts["dim"],
                 mix=content["mix"]["kind"],
                 weight=content["weight"],
@@ -146,20 +150,16 @@ class Catalog:
 
         Raises:
             NotFound: no generation of that name.
-            NotReady: it is still being built.
+            NotReady: it is still being built, or was not audited, or failed its audit.
         """
         if name in self.names() and name not in self.finished():
             raise NotReady(f"generation {name!r} is still being built; give the index command again to finish it")
-        self.home(name)
-        publish_json(local(self.root) / "active.json", {"generation": name})
+        check_audited(self.home(name))
+        publish_json(self.root / "active.json", {"generation": name})
 
     @property
     def _generations(self) -> Location:
         return self.root / "generations"
-
-    def _num_passages(self) -> int:
-        count: int = read_json(self.root / "rows" / "complete.json")["num_passages"]
-        return count
 
     def _config_digest(self, content: dict[str, Any]) -> str:
         # Where things lay when it was built decides nothing.
@@ -173,6 +173,7 @@ class Catalog:
             checkpoint_digest=self.facts["model"]["digest"],
             config_digest="",
             num_passages=0,
+            num_codes=0,
             dim=self.facts["dim"],
             mix="",
             weight=0.0,

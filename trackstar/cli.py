@@ -1,4 +1,4 @@
-"""The command line: `trackstar index`, `trace`, `generations`, `jobs`, `plan` and `show`.
+"""The command line: `trackstar index`, `trace`, `scan`, `audit`, `generations`, `jobs`, `plan` and `show`.
 
 Contract: answers go to standard output, as tables or with --json as JSON; progress, notes and errors go to standard
 error. How commands end, and with which exit code, is told in `exits`.
@@ -20,9 +20,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from trackstar.cli_audit import audit
 from trackstar.cli_index import index, print_json
 from trackstar.cli_jobs import jobs
 from trackstar.cli_remote import generations
+from trackstar.cli_scan import scan
 from trackstar.cli_trace import trace
 from trackstar.console import print_generations, print_plan, print_summary
 from trackstar.errors import CorruptArtifact, InvalidRequest
@@ -38,6 +40,8 @@ app = typer.Typer(
 
 app.command()(index)
 app.command()(trace)
+app.command()(scan)
+app.command()(audit)
 app.command()(generations)
 app.add_typer(jobs, name="jobs")
 # What other packages add, such as the services' `serve`; they keep their own imports light.

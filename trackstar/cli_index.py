@@ -6,7 +6,6 @@ fail after hours of encoding, such as a task mix without queries, fail here at o
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -20,7 +19,7 @@ from trackstar.errors import InvalidRequest
 from trackstar.progress import StepProgress
 
 if TYPE_CHECKING:
-    from trackstar.build import IndexConfig
+    from trackstar.index_config import IndexConfig
 
 _OUT = "Where it goes"
 _MODEL = "Model and correction"
@@ -169,7 +168,7 @@ def index(
 
 def _index_config(file: Path | None, settings: dict[str, Any]) -> IndexConfig:
     """The settings of the YAML file, if any, overridden by the options that were given."""
-    from trackstar.build import make_config, read_config
+    from trackstar.index_config import make_config, read_config
     from trackstar.queries import read_queries
 
     content = read_config(file) if file is not None else {}
@@ -201,16 +200,9 @@ def _index_config(file: Path | None, settings: dict[str, Any]) -> IndexConfig:
 def _index(config: IndexConfig, out: Path, *, verify: bool, as_json: bool) -> None:
     from trackstar.build import build_index
     from trackstar.describe import describe_index
-    from trackstar.forecast import TokenForecast
-    from trackstar.rows import finished_shards
 
     quieten()
-    forecast = TokenForecast(config.corpus, config.model)
-    finished = sum(receipt.num_tokens for receipt in finished_shards(out / "rows"))
-    progress = StepProgress(Console(stderr=True), expected_tokens=forecast.tokens, tokens_before=finished)
-    with contextlib.ExitStack() as held:
-        held.callback(forecast.stop)
-        held.enter_context(progress)
+    with StepProgress(Console(stderr=True)) as progress:
         build_index(config, out, progress=progress, verify=verify).close()
     facts = describe_index(out)
     if as_json:

@@ -153,7 +153,7 @@ def _write_records(found: Iterator[Trace], num_queries: int, query_set: str, out
         for number, trace in enumerate(found, start=1):
             if stream is None:
                 # Opened with the first answer, so that a failure before it leaves an older file alone.
-                stream = held.enter_context(_written(output))
+                stream = held.enter_context(written(output))
             print(json.dumps(release_record(trace, query_set=query_set), ensure_ascii=False), file=stream)
             progress.advance("tracing", number, 0)
     if output is not None:
@@ -161,7 +161,7 @@ def _write_records(found: Iterator[Trace], num_queries: int, query_set: str, out
 
 
 @contextlib.contextmanager
-def _written(path: Path | None) -> Iterator[Any]:
+def written(path: Path | None) -> Iterator[Any]:
     """The file, or standard output for None."""
     if path is None:
         yield sys.stdout

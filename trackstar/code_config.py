@@ -16,7 +16,8 @@ DEFAULT_PREFIX = 1024
 
 
 class CodeConfig(BaseModel):
-    """The coarse code. `store` says where it is searched: Milvus Lite holds float prefixes, memory holds both kinds.
+    """The coarse code. `store` says where it is searched: Milvus Lite holds float prefixes; memory and a Milvus server,
+    which is named by whoever fills and asks it, hold both kinds.
 
     `size` left out becomes 1,024 floats, or as many bits as the rotated vector has coordinates.
     """
@@ -25,7 +26,7 @@ class CodeConfig(BaseModel):
 
     kind: CodeKind = "prefix"
     size: int | None = Field(default=None, ge=8)
-    store: Literal["milvus-lite", "memory"] = "milvus-lite"
+    store: Literal["milvus-lite", "memory", "milvus"] = "milvus-lite"
     seed: int = 0
 
     @model_validator(mode="after")

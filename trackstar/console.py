@@ -22,6 +22,7 @@ from rich.text import Text
 from trackstar.shading import Mark, excerpt, mark_words
 
 if TYPE_CHECKING:
+    from trackstar.audit_record import Audit
     from trackstar.results import Influence, Trace
 
 CARRIES = "bold green"
@@ -253,6 +254,29 @@ def print_plan(console: Console, content: dict[str, Any]) -> None:
         value = bytes_text(item["value"]) if item["unit"] == "bytes" else _quantity(item["value"], item["unit"])
         table.add_row(item["name"], value, item["formula"])
     console.print(table)
+
+
+def print_audit(console: Console, audit: Audit) -> None:
+    """What an audit found, and what it makes of it."""
+    asked = f"{audit.queries:,} queries, both ends, {audit.candidates:,} candidates of {audit.num_passages:,} passages"
+    bits = f", {audit.bits_differing:,} single bits" if audit.bits_differing else ""
+    rows = [
+        ("generation", f"{audit.generation}, its codes in {audit.coarse}"),
+        (
+            f"recall@{audit.k}",
+            f"{audit.recall:.3f} ({audit.recall_opponents:.3f} of opponents) of the exact ranking; the noise law "
+            f"expects {audit.expected_recall:.3f}, {audit.min_recall:g} is asked for",
+        ),
+        ("", asked),
+        ("codes", f"{audit.num_codes:,} in the coarse index, {audit.num_passages:,} expected"),
+        (
+            "",
+            f"{audit.codes_compared:,} computed again: {audit.codes_differing:,} codes differ{bits}, "
+            f"{audit.norms_differing:,} norms",
+        ),
+        ("audit", "passed" if audit.passed else "failed"),
+    ]
+    console.print(fact_table(rows))
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -1,8 +1,9 @@
 """Reads a corpus as a stream of documents.
 
 Contract: the good documents of a corpus come in one fixed order (paths as given, folders sorted, records as they stand
-in the file) and are numbered from 0, so that `documents(start)` continues an interrupted run exactly. Memory does not
-grow with the corpus. Which files and formats are read is told in `corpus_files`.
+in the file) and are numbered from 0, so that `documents(start)` continues an interrupted run exactly, and
+`documents_from` does so without reading what lies before. Memory does not grow with the corpus. Which files and formats
+are read is told in `corpus_files`.
 
 It does not tokenise, does not remove duplicates and does not change a text.
 """
@@ -17,7 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trackstar.corpus_files import BadRecord, find_files, read_records
+from trackstar.corpus_files import START, BadRecord, Mark, find_files, read_records
 from trackstar.errors import InvalidRequest
 
 _AUTOMATIC_IDS = ("id", "doc_id", "sentence_id")
@@ -76,6 +77,11 @@ class Corpus:
         self._files = find_files(config.paths)
 
     @property
+    def num_files(self) -> int:
+        """Number of files, which are read in order."""
+        return len(self._files)
+
+    @property
     def bad_examples(self) -> tuple[str, ...]:
         """Sentences about the first bad records of the latest `documents` run, five at most."""
         return tuple(self._bad_examples)
@@ -110,25 +116,44 @@ class Corpus:
         self._bad_examples.clear()
         return self._documents(start)
 
-    def _documents(self, start: int) -> Iterator[Document]:
+    def documents_from(self, file: int, mark: Mark, ordinal: int) -> Iterator[Document]:
+        """Streams from a mark on, in that file and those behind it; the first good document gets the ordinal given.
+
+        Raises as `documents`, except that there may be none.
+        """
+        for number in range(file, len(self._files)):
+            for _, document in self.file_documents(number, mark if number == file else START, ordinal):
+                yield document
+                ordinal = document.ordinal + 1
+
+    def file_documents(self, file: int, mark: Mark = START, ordinal: int = 0) -> Iterator[tuple[Mark, Document]]:
+        """One file's good documents from a mark on, each with the mark in front of it; raises as `documents_from`."""
         config = self.config
         fields = (config.text_field, *self._ids, *filter(None, (config.source_field,)), *config.metadata_fields)
-        ordinal = 0
-        for file in self._files:
-            for number, record in read_records(file, fields=fields, text_unit=config.text_unit):
-                try:
-                    if isinstance(record, BadRecord):
-                        raise record
-                    document = self._document(record, file.name, number, ordinal)
-                except BadRecord as bad:
-                    self._count_bad(f"{file.name}, {file.unit} {bad.number or number}: {bad}")
-                    continue
-                if ordinal >= start:
-                    yield document
-                ordinal += 1
-        if ordinal == 0:
-            cause = f": every record is bad, such as {self._bad_examples[0]}" if self._bad_examples else "."
-            raise InvalidRequest(f"The corpus {', '.join(config.paths)} holds no documents{cause}")
+        found = self._files[file]
+        for number, place, record in read_records(found, fields=fields, text_unit=config.text_unit, start=mark):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                document = self._document(record, found.name, number, ordinal)
+            except BadRecord as bad:
+                self._count_bad(f"{found.name}, {found.unit} {bad.number or number}: {bad}")
+                continue
+            yield place, document
+            ordinal += 1
+
+    def no_documents(self) -> InvalidRequest:
+        """The error about a corpus in which every record is bad, or that has none."""
+        cause = f": every record is bad, such as {self._bad_examples[0]}" if self._bad_examples else "."
+        return InvalidRequest(f"The corpus {', '.join(self.config.paths)} holds no documents{cause}")
+
+    def _documents(self, start: int) -> Iterator[Document]:
+        document = None
+        for document in self.documents_from(0, START, 0):
+            if document.ordinal >= start:
+                yield document
+        if document is None:
+            raise self.no_documents()
 
     def _document(self, record: Mapping[str, object], name: str, number: int, ordinal: int) -> Document:
         config = self.config

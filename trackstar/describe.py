@@ -16,7 +16,7 @@ from trackstar.blobs import local
 from trackstar.errors import CorruptArtifact, NotFound
 from trackstar.generation import CodeConfig
 from trackstar.index import Index
-from trackstar.rows import finished_shards
+from trackstar.row_shards import Receipt, finished_shards, read_parts, read_receipt, read_receipts, stem
 from trackstar.storage import file_digest, read_json
 
 
@@ -34,8 +34,8 @@ def describe_index(root: str | Path) -> dict[str, Any]:
     """
     index = Index(root)
     home = local(index.root)
-    receipts = finished_shards(home / "rows")
-    complete = bool(_optional(home / "rows" / "complete.json"))
+    receipts = _receipts(home / "rows")
+    complete = bool(read_parts(home / "rows"))
     active = _optional(home / "active.json").get("generation")
     parts = ("rows", "statistics", "generations")
     sizes = {part: _folder_bytes(home / part) for part in parts}
@@ -67,13 +67,23 @@ def damaged_files(root: str | Path) -> list[str]:
     """
     index = local(Index(root).root)
     expected: dict[Path, str] = {}
-    for receipt in finished_shards(index / "rows"):
-        stem = index / "rows" / f"{receipt.shard:06d}"
-        expected[stem.with_suffix(".safetensors")] = receipt.rows_digest
-        expected[stem.with_suffix(".parquet")] = receipt.sidecar_digest
+    for receipt in _receipts(index / "rows"):
+        path = stem(index / "rows", receipt.shard)
+        expected[path.with_suffix(".safetensors")] = receipt.rows_digest
+        expected[path.with_suffix(".parquet")] = receipt.sidecar_digest
     for note in sorted((index / "generations").glob("*/generation.json")):
         expected.update({note.parent / name: digest for name, digest in read_json(note)["files"].items()})
+        codes = sorted((note.parent / "codes").glob("*.json"))
+        expected.update({path.with_suffix(".safetensors"): read_json(path)["digest"] for path in codes})
     return [sentence for path, digest in expected.items() if (sentence := _damage(path, digest))]
+
+
+def _receipts(rows: Path) -> list[Receipt]:
+    """Of all shards that are there, in finished parts and in one that is being built."""
+    parts = [receipt for part in read_parts(rows) for receipt in read_receipts(rows, part)]
+    known = {receipt.shard for receipt in parts}
+    others = [read_receipt(rows, shard) for shard in finished_shards(rows) if shard not in known]
+    return parts + [receipt for receipt in others if receipt is not None]
 
 
 def _damage(path: Path, digest: str) -> str | None:

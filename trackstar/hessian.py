@@ -66,38 +66,46 @@ class Autocorrelation:
         return found.clamp_min(0).sort(descending=True).values
 
 
-class AutocorrelationBuilder:
-    """Accumulates R in one streaming pass; products in float32, sums over batches in float64."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductSums:
+    """Phi_b^T Phi_b of `count` rows as float64 [D_b, D_b] per block: R before it is averaged. Sums of parts add up."""
 
-    def __init__(self, layout: BlockLayout) -> None:
-        self._layout = layout
-        self._sums = [torch.zeros(block.dim, block.dim, dtype=torch.float64) for block in layout.blocks]
-        self._count = 0
+    blocks: tuple[Tensor, ...]
+    count: int
 
-    def add(self, rows_ND: Tensor) -> None:
-        """Add rows [N, d] of any float type."""
-        for total, part in zip(self._sums, self._layout.split(rows_ND), strict=True):
-            part = part.to(torch.float32 if part.dtype != torch.float64 else torch.float64)
-            total += (part.mT @ part).to(total)
-        self._count += len(rows_ND)
+    def __add__(self, other: ProductSums) -> ProductSums:
+        blocks = tuple(one + two for one, two in zip(self.blocks, other.blocks, strict=True))
+        return ProductSums(blocks=blocks, count=self.count + other.count)
 
-    def finish(self) -> Autocorrelation:
-        """The average so far.
+    def average(self) -> Autocorrelation:
+        """R.
 
         Raises:
-            InvalidRequest: no rows were added.
+            InvalidRequest: of no rows.
         """
-        if not self._count:
+        if not self.count:
             raise InvalidRequest("the Hessian needs at least one row")
-        return Autocorrelation(blocks=tuple(total / self._count for total in self._sums), count=self._count)
+        return Autocorrelation(blocks=tuple(total / self.count for total in self.blocks), count=self.count)
+
+
+def product_sums(batches: Iterable[Tensor], layout: BlockLayout, *, device: str = "cpu") -> ProductSums:
+    """Sums of rows that come in batches [N, d] of any float type, in one streaming pass.
+
+    Products are made in float32 on `device` (float64 of float64 rows), sums over batches in float64 on the CPU.
+    """
+    sums = [torch.zeros(block.dim, block.dim, dtype=torch.float64) for block in layout.blocks]
+    count = 0
+    for rows_ND in batches:
+        for total, part in zip(sums, layout.split(rows_ND), strict=True):
+            part = part.to(device, torch.float32 if part.dtype != torch.float64 else torch.float64)
+            total += (part.mT @ part).to(total)
+        count += len(rows_ND)
+    return ProductSums(blocks=tuple(sums), count=count)
 
 
 def autocorrelation(batches: Iterable[Tensor], layout: BlockLayout) -> Autocorrelation:
     """R of rows that come in batches [N, d]."""
-    builder = AutocorrelationBuilder(layout)
-    for rows_ND in batches:
-        builder.add(rows_ND)
-    return builder.finish()
+    return product_sums(batches, layout).average()
 
 
 def crossing_weight(train: Autocorrelation, task: Autocorrelation, fraction: float = CROSSING_FRACTION) -> float:

@@ -26,12 +26,12 @@ from trackstar.catalog import FORMAT as FORMAT
 from trackstar.catalog import Catalog
 from trackstar.encode import Encoder, fold_factors
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
-from trackstar.generation import Generation
+from trackstar.generation import Generation, open_rows, read_facts
 from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
 from trackstar.projection import Block, BlockLayout
 from trackstar.rows import RowStore
-from trackstar.storage import publish, publish_json, read_json, temporary_of
+from trackstar.storage import publish, publish_json, read_json
 
 Correction = dict[str, SeparableScale | Tensor]
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -60,9 +60,15 @@ class Index:
             )
         )
 
-    def rows(self) -> RowStore:
-        """The finished rows."""
-        return RowStore(self.root / "rows")
+    def rows(self, name: str | None = None) -> RowStore:
+        """The rows that a generation stands on; those of all finished parts if none is named.
+
+        Raises:
+            NotFound: no generation of that name.
+            NotReady: there are no finished rows.
+        """
+        folder = self.root / "rows"
+        return RowStore(folder) if name is None else open_rows(folder, read_facts(self.catalog.home(name)))
 
     def generation_names(self) -> list[str]:
         """Names of the finished generations."""
@@ -82,8 +88,8 @@ class Index:
         Raises:
             NotFound: no generation of that name.
         """
-        home = self.catalog.home(name or self.active())
-        return Generation(home, rows or self.rows(), self.layout, searched=searched)
+        name = name or self.active()
+        return Generation(self.catalog.home(name), rows or self.rows(name), self.layout, searched=searched)
 
     def load_model(
         self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False
@@ -106,12 +112,20 @@ class Index:
             trust_remote_code=trust_remote_code,
             exclude=self.facts["exclude"],
         )
+        self.check_model(folder, loaded)
+        return loaded
+
+    def check_model(self, folder: str | Path, loaded: LoadedModel) -> None:
+        """Compare a checkpoint with the one that the rows are made with.
+
+        Raises:
+            Incompatible: it is another; both digests are named.
+        """
         if loaded.digest != self.facts["model"]["digest"]:
             raise Incompatible(
                 f"{str(folder)!r} has digest {loaded.digest[:12]}, the index was built with checkpoint "
                 f"{self.facts['model']['digest'][:12]}; give the checkpoint it was built with"
             )
-        return loaded
 
     def encoder(self, loaded: LoadedModel, *, length_step: int = 1) -> Encoder:
         """An encoder that makes rows of the same kind as the index holds; `length_step` as of `Encoder`."""
@@ -122,7 +136,7 @@ class Index:
         )
 
 
-def save_correction(path: Path, correction: Correction) -> None:
+def save_correction(path: Location, correction: Correction) -> None:
     """Publish the correction of every weight matrix."""
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
@@ -168,7 +182,7 @@ def load_correction(path: Location) -> Correction:
 _FREE_TO_CHANGE = ("model.path", "corpus.paths", "corpus.skip_bad", "max_batch_tokens")
 
 
-def check_identity(root: Path, identity: dict[str, Any]) -> None:
+def check_identity(root: Location, identity: dict[str, Any]) -> None:
     """Compare what is about to be built with what the folder holds already, if anything.
 
     Raises:
@@ -177,23 +191,34 @@ def check_identity(root: Path, identity: dict[str, Any]) -> None:
     """
     path = root / "index.json"
     if path.is_file():
-        for key, then, now in _differences(read_json(path), json.loads(json.dumps(identity)), ""):
+        for key, then, now in differences(read_json(path), identity, ""):
             raise Incompatible(
                 f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
                 "another --out"
             )
-    elif root.exists() and not root.is_dir():
+    elif isinstance(root, Path) and root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
-    # A first run that was killed while it wrote index.json leaves the temporary file, which does not count.
-    elif root.is_dir() and any(path.name != temporary_of(root / "index.json").name for path in root.iterdir()):
+    # What a killed first run leaves, and locks, do not count.
+    elif root.is_dir() and any(not path.name.startswith(".") for path in root.glob("*")):
         raise InvalidRequest(f"{str(root)!r} is not empty and holds no index; give another --out")
 
 
-def fix_identity(root: Path, identity: dict[str, Any]) -> None:
+def fix_identity(root: Location, identity: dict[str, Any]) -> None:
     """Write index.json unless it is there."""
     path = root / "index.json"
     if not path.is_file():
         publish_json(path, identity)
+
+
+def differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    """Dotted key and both values of everything that differs and may not.
+
+    Args:
+        then: as it was read from JSON.
+        now: as it goes into JSON.
+        prefix: key of both.
+    """
+    return _differences(then, json.loads(json.dumps(now)), prefix)
 
 
 def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]:

@@ -1,10 +1,10 @@
-"""Reads objects of a store: whole, by ranges, sizes and names, within limits of time and memory.
+"""Reads and writes objects of a store: whole, by ranges, sizes and names, within limits of time and memory.
 
 Any file system of fsspec will do; S3, Google Cloud Storage and Azure go through obstore. Nothing but the bytes asked
 for is moved, in requests of at most 8 MiB, at most `concurrency` at once for every calling thread. A request with its
 retries ends within `timeout_seconds`: what is missing is `NotFound`, a store that does not answer or refuses is
 `NotReady`, and both name the URL without credentials. What a store's library says is left out on purpose: it may hold
-signed addresses.
+signed addresses. Writing puts whole objects, so that a reader sees the old one or the new; a large one gets more time.
 
 Safe to use from several threads. A forked child must not use what its parent opened: spawn instead.
 """
@@ -12,6 +12,7 @@ Safe to use from several threads. A forked child must not use what its parent op
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -30,17 +31,19 @@ Range = tuple[str, int, int]
 """Key, first byte, and the byte after the last."""
 
 REQUEST_BYTES = 8 << 20
+# What a store is trusted to take in each second, at the least.
+_WRITTEN_BYTES_PER_SECOND = 4 << 20
 # A request that hangs leaves time for two more.
 _ATTEMPTS = 3
 _FIRST_PAUSE_SECONDS = 0.05
-_OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss")
+OBSTORE_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss")
 # Asking again gives the same answer; obstore's refusals are known by name, so that it need not be installed.
 _FINAL = (PermissionError, ValueError, TypeError, NotImplementedError)
 _FINAL_NAMES = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError")
 
 
 class ObjectStore:
-    """Reads objects of one fsspec file system.
+    """Objects of one fsspec file system.
 
     Args:
         filesystem: of fsspec, asynchronous or not.
@@ -101,6 +104,20 @@ class ObjectStore:
             return []
         return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found})
 
+    def write(self, key: str, data: bytes) -> None:
+        """Put a whole object; one that is there is replaced.
+
+        Raises:
+            NotReady: the store refuses it, or does not answer in time.
+        """
+        extra_seconds = len(data) / _WRITTEN_BYTES_PER_SECOND
+        self._wait(self._all([lambda: self._call("pipe_file", key, data)], [(key, 0, 0)], extra_seconds=extra_seconds))
+
+    def delete(self, key: str) -> None:
+        """Take an object away; one that is missing is as good."""
+        with contextlib.suppress(NotFound):
+            self._wait(self._all([lambda: self._call("rm_file", key)], [(key, 0, 0)]))
+
     async def _range(self, key: str, start: int, stop: int) -> bytes:
         try:
             found: bytes = await self._call("cat_file", key, start=start, end=stop)
@@ -124,17 +141,19 @@ class ObjectStore:
         found: list[str] = await self._call("ls", key, detail=False)
         return found
 
-    async def _call(self, verb: str, key: str, **arguments: Any) -> Any:
+    async def _call(self, verb: str, key: str, *values: Any, **arguments: Any) -> Any:
         if self._filesystem.async_impl:
-            return await getattr(self._filesystem, f"_{verb}")(key, **arguments)
-        return await asyncio.to_thread(getattr(self._filesystem, verb), key, **arguments)
+            return await getattr(self._filesystem, f"_{verb}")(key, *values, **arguments)
+        return await asyncio.to_thread(getattr(self._filesystem, verb), key, *values, **arguments)
 
-    async def _all(self, calls: Sequence[Callable[[], Awaitable[Answer]]], ranges: Sequence[Range]) -> list[Answer]:
+    async def _all(
+        self, calls: Sequence[Callable[[], Awaitable[Answer]]], ranges: Sequence[Range], *, extra_seconds: float = 0.0
+    ) -> list[Answer]:
         slots = asyncio.Semaphore(self.concurrency)
 
         async def one(call: Callable[[], Awaitable[Answer]], key: str) -> Answer:
             async with slots:
-                return await self._patiently(call, key)
+                return await self._patiently(call, key, self.timeout_seconds + extra_seconds)
 
         tasks = [asyncio.ensure_future(one(call, key)) for call, (key, _, _) in zip(calls, ranges, strict=True)]
         try:
@@ -143,14 +162,14 @@ class ObjectStore:
             for task in tasks:
                 task.cancel()
 
-    async def _patiently(self, call: Callable[[], Awaitable[Answer]], key: str) -> Answer:
+    async def _patiently(self, call: Callable[[], Awaitable[Answer]], key: str, seconds: float) -> Answer:
         """The call's answer, trying again after what may pass, until the time is over."""
         pause, reason = _FIRST_PAUSE_SECONDS, "no answer"
         try:
-            async with asyncio.timeout(self.timeout_seconds):
+            async with asyncio.timeout(seconds):
                 while True:
                     try:
-                        async with asyncio.timeout(self.timeout_seconds / _ATTEMPTS):
+                        async with asyncio.timeout(seconds / _ATTEMPTS):
                             return await call()
                     except FileNotFoundError:
                         raise NotFound(f"there is no {self.url(key)!r}") from None
@@ -159,14 +178,14 @@ class ObjectStore:
                         reason = type(error).__name__
                         if isinstance(error, _FINAL) or reason in _FINAL_NAMES:
                             raise NotReady(
-                                f"{self.url(key)!r} cannot be read: the store refuses it ({reason}); check the "
+                                f"{self.url(key)!r} cannot be reached: the store refuses it ({reason}); check the "
                                 "credentials and settings of the store in the environment"
                             ) from None
                     await asyncio.sleep(pause)
                     pause *= 2
         except TimeoutError:
             raise NotReady(
-                f"{self.url(key)!r} cannot be read: the store gave no answer within {self.timeout_seconds:g} seconds "
+                f"{self.url(key)!r} cannot be reached: the store gave no answer within {seconds:g} seconds "
                 f"({reason}); the same request can succeed once it does"
             ) from None
 
@@ -185,13 +204,29 @@ class ObjectStore:
             future.cancel()
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What obstore raises beside the errors of Python; nothing where it is not installed."""
+    if importlib.util.find_spec("obstore") is None:
+        return ()
+    found: type[Exception] = importlib.import_module("obstore.exceptions").BaseError
+    return (found,)
+
+
+def refused(what: str, error: Exception) -> NotReady:
+    """The error about a store that did not do what was asked; its own words stay away, they may hold addresses."""
+    return NotReady(
+        f"{what} cannot be reached: the store refuses it or does not answer ({type(error).__name__}); check the "
+        "credentials and settings of the store in the environment"
+    )
+
+
 def open_filesystem(scheme: str, timeout_seconds: float, storage_options: dict[str, Any]) -> Any:
     """The file system of a scheme: obstore's where that is installed and knows it, else the one fsspec names.
 
     Raises:
         ValueError, ImportError: the scheme is unknown, or its package is not installed.
     """
-    if scheme not in _OBSTORE or importlib.util.find_spec("obstore") is None:
+    if scheme not in OBSTORE_SCHEMES or importlib.util.find_spec("obstore") is None:
         return fsspec.filesystem(scheme, **storage_options)
     store_class: Any = importlib.import_module("obstore.fsspec").FsspecStore
     given = dict(storage_options)

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trackstar.corpus import Corpus, Document
+from trackstar.corpus import Document
 from trackstar.errors import Incompatible, InvalidRequest
 
 if TYPE_CHECKING:
@@ -55,8 +55,15 @@ class Cursor(NamedTuple):
     window: int
 
 
+class Documents(Protocol):
+    """Where passages are cut from; a `Corpus` is one."""
+
+    def documents(self, start: int) -> Iterator[Document]:
+        """The documents from that ordinal on."""
+
+
 def read_passages(
-    corpus: Corpus,
+    corpus: Documents,
     tokenizer: PreTrainedTokenizerBase,
     *,
     window_tokens: int,
@@ -104,6 +111,12 @@ def read_passages(
                 last = window == len(cuts) - 2
                 yield passage, Cursor(document.ordinal + last, 0 if last else window + 1)
                 passage_id += 1
+
+
+def count_tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Number of tokens of each document, without specials."""
+    for batch in _batches(documents):
+        yield from (len(ids) for ids, _ in _tokenise(tokenizer, batch))
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -32,7 +32,7 @@ class StepProgress:
     """Shows a long job on standard error, step by step: how many units are done, the rate and the remaining time.
 
     On a terminal bars are redrawn in place; elsewhere a line comes every ten seconds and at the end of each step. What
-    remains of a step without a known total is forecast in tokens if `expected_tokens` knows them, else called unknown.
+    remains is told by tokens where a step goes by them, else by units.
     """
 
     def __init__(
@@ -40,16 +40,13 @@ class StepProgress:
         console: Console,
         *,
         unit: str = "passages",
-        expected_tokens: Callable[[], int | None] = lambda: None,
-        tokens_before: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._unit = unit
-        self._expected_tokens = expected_tokens
         self._clock = clock
-        self._tokens_before = tokens_before
-        self._tokens = tokens_before
+        self._tokens = 0
+        self._total_tokens: int | None = None
         self._step = ""
         self._task: TaskID | None = None
         self._done = self._first = 0
@@ -71,12 +68,12 @@ class StepProgress:
         if self._console.is_terminal:
             self._bars.stop()
 
-    def start(self, step: str, done: int, total: int | None) -> None:
-        """A step begins with `done` of `total` units finished; None if the total is not known."""
+    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+        """See `build.Progress`."""
         self._finish()
         self._step, self._done, self._first, self._total = step, done, done, total
         self._last_total = total if total is not None else self._last_total
-        self._tokens = self._tokens_before
+        self._tokens, self._total_tokens = 0, tokens
         self._started = self._told = self._clock()
         if self._console.is_terminal:
             self._task = self._bars.add_task(step, total=total, completed=done, count="", rate="", left="")
@@ -91,9 +88,20 @@ class StepProgress:
         if self._task is not None or self._clock() - self._told >= _PLAIN_SECONDS:
             self._tell()
 
+    def at(self, step: str, done: int, total: int, *, unit: str | None = None) -> None:
+        """`done` of `total` units of a step are finished; it begins here if it is another step, or was further."""
+        if step != self._step or done < self._done:
+            self._finish()
+            self._unit = unit or self._unit
+            self.start(step, 0, total)
+        self.advance(step, done, 0)
+
     def note(self, text: str) -> None:
         """Something worth telling once."""
         self._console.print(Text(f"note: {plain(text)}"), soft_wrap=not self._console.is_terminal)
+
+    def shards(self, step: str, finished: int, planned: int) -> None:
+        """Nothing: units and tokens say more."""
 
     def _finish(self) -> None:
         if not self._step:
@@ -116,11 +124,11 @@ class StepProgress:
         if self._task is None:
             self._print(left)
             return
-        expected = self._expected() if self._total is None else None
+        by_tokens = self._total_tokens is not None
         self._bars.update(
             self._task,
-            total=expected or self._total,
-            completed=self._tokens if expected else self._done,
+            total=self._total_tokens if by_tokens else self._total,
+            completed=self._tokens if by_tokens else self._done,
             count=count,
             rate=rate,
             left=left,
@@ -134,7 +142,7 @@ class StepProgress:
     def _fields(self) -> tuple[str, str, str]:
         """Count, rate and remaining time as text."""
         elapsed = self._clock() - self._started
-        tokens = self._tokens - self._tokens_before
+        tokens = self._tokens
         count = f"{self._done:,}" + (f" of {self._total:,}" if self._total is not None else "") + f" {self._unit}"
         done, total = self._done, self._total
         first, rate = self._first, ""
@@ -142,15 +150,11 @@ class StepProgress:
             rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
         elif done > first and elapsed > 0:
             rate = f"{(done - first) / elapsed:,.1f} {self._unit}/s"
-        if total is None and (expected := self._expected()) is not None:
-            done, first, total = self._tokens, self._tokens_before, expected
+        if self._total_tokens is not None:
+            done, first, total = tokens, 0, max(self._total_tokens, tokens)
         if total is None:
             return count, rate, "remaining time not known yet"
         if elapsed <= 0 or done <= first:
             return count, rate, ""
         remaining = max(0, total - done) * elapsed / (done - first)
         return count, rate, f"{duration_text(remaining)} left" if done < total else ""
-
-    def _expected(self) -> int | None:
-        expected = self._expected_tokens()
-        return None if expected is None else max(expected, self._tokens)

@@ -27,5 +27,10 @@ class Ranking:
 
 def best(ids: NDArray[np.int64], scores: NDArray[np.float32], *, sign: float, k: int) -> Ranking:
     """The k highest (sign > 0) or lowest scores in order; ties go to the smaller id."""
-    order = np.lexsort((ids, -sign * scores))[:k]
+    values = -sign * scores
+    if 0 < k < len(values):
+        # Sorting a whole shard for the few best of it took most of a scan's time beside its products.
+        kept = np.flatnonzero(~(values > np.partition(values, k - 1)[k - 1]))
+        ids, scores, values = ids[kept], scores[kept], values[kept]
+    order = np.lexsort((ids, values))[:k]
     return Ranking(ids=ids[order], scores=scores[order])

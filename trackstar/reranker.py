@@ -1,16 +1,15 @@
 """Exact scores: what the coarse search proposes is read from the rows and ranked; or every row is.
 
-    score(m, q) = <dual_q, g_m> / |W g_m|        dual_q = R^-1 g_q / |W g_q|,  W = R^(-1/2),  g un-whitened rows
-
-One dot product with a row as it is stored, times a norm that was computed with the generation. A row of norm zero (a
-passage without any target) scores zero. Ties go to the smaller id. It reads rows and knows no model.
+The score is that of `trackstar.exact`: one dot product with a row as it is stored, times a norm that was computed with
+the generation. A row of norm zero (a passage without any target) scores zero. Ties go to the smaller id. It reads rows
+and knows no model.
 
 Legend: N passages, Q queries, d coordinates of a row, b blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trackstar.errors import CorruptArtifact
+from trackstar.exact import Rankings, exact_scores, merge, rank_rows, shard_ids
 from trackstar.generation import Generation
 from trackstar.ranking import Ranking, best
+from trackstar.row_shards import Receipt
 from trackstar.rows import FileState, RowStore
 
 # Below this share of a shard's rows, reading them one by one moves fewer bytes than reading the shard.
@@ -50,40 +51,38 @@ class Reranker:
         ids = np.sort(ids)
         step = max(1, _READ_BYTES // (4 * self.rows.dim))
         chunks = [ids[start : start + step] for start in range(0, len(ids), step)]
-        scores = [self._scores(self.rows.read(chunk), chunk, dual_d[None])[0] for chunk in chunks]
+        scores = [
+            exact_scores(dual_d[None], self.rows.read(chunk), self.generation.norms_N[chunk])[0] for chunk in chunks
+        ]
         return best(ids, np.concatenate(scores) if scores else np.empty(0, np.float32), sign=sign, k=k)
 
     def scan(
-        self, dual_Qd: Tensor, *, signs: Sequence[float], k: int, mask_N: NDArray[np.bool_] | None = None
-    ) -> list[list[Ranking]]:
-        """The best k of all passages, shard by shard, per query and sign.
+        self,
+        dual_Qd: Tensor,
+        *,
+        signs: Sequence[float],
+        k: int,
+        mask_N: NDArray[np.bool_] | None = None,
+        on_rows: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> Rankings:
+        """The best k of all passages per query and sign; each shard is read once for all queries.
 
         Args:
             dual_Qd: float32 [Q, d].
             signs: the ends wanted, each 1.0 or -1.0.
             k: passages per ranking.
-            mask_N: which passages count; all if None.
+            mask_N: which passages count, by id; all if None.
+            on_rows: called with (passages done, passages in total).
 
         Raises:
             CorruptArtifact: a row or shard is not what was written.
         """
-        found = [[Ranking.empty() for _ in signs] for _ in dual_Qd]
-        for receipt in self.rows.receipts:
-            first = receipt.shard * self.rows.shard_passages
-            ids = np.arange(first, first + receipt.num_passages, dtype=np.int64)
-            if mask_N is not None:
-                ids = ids[mask_N[first : first + receipt.num_passages]]
-            if not len(ids):
-                continue
-            scores_QN = self._scores(self._shard_rows(receipt.shard, ids), ids, dual_Qd)
-            for rankings, scores_N in zip(found, scores_QN, strict=True):
-                for end, sign in enumerate(signs):
-                    rankings[end] = rankings[end].merge(best(ids, scores_N, sign=sign, k=k), sign=sign, k=k)
-        return found
+        parts = self._scanned(dual_Qd, signs, k, mask_N, on_rows)
+        return merge(parts, num_queries=len(dual_Qd), signs=signs, k=k)
 
     def background(self, dual_d: Tensor) -> tuple[float, float]:
         """Mean and standard deviation of the query's scores on the background sample."""
-        scores_N = _divided((dual_d[None] @ self._background_ND.mT).numpy(), self._background_norms_N)[0]
+        scores_N = exact_scores(dual_d[None], self._background_ND, self._background_norms_N)[0]
         std = float(scores_N.std(ddof=1, dtype=np.float64)) if len(scores_N) > 1 else 0.0
         return float(scores_N.mean(dtype=np.float64)), std
 
@@ -96,8 +95,29 @@ class Reranker:
         shares: NDArray[np.float64] = shares_Nb / np.where(norms_N > 0, norms_N, np.inf)[:, None]
         return shares
 
-    def _shard_rows(self, shard: int, ids: NDArray[np.int64]) -> Tensor:
-        count = self.rows.receipts[shard].num_passages
+    def _scanned(
+        self,
+        dual_Qd: Tensor,
+        signs: Sequence[float],
+        k: int,
+        mask_N: NDArray[np.bool_] | None,
+        on_rows: Callable[[int, int], None],
+    ) -> Iterator[Rankings]:
+        """Every shard's rankings."""
+        done = 0
+        for receipt in self.rows.receipts:
+            ids = shard_ids(self.rows, receipt)
+            if mask_N is not None:
+                ids = ids[mask_N[ids]]
+            if len(ids):
+                stored_Nd = self._shard_rows(receipt, ids)
+                yield rank_rows(stored_Nd, ids, self.generation.norms_N[ids], dual_Qd, signs=signs, k=k)
+            done += receipt.num_passages
+            on_rows(done, self.rows.num_passages)
+
+    def _shard_rows(self, receipt: Receipt, ids: NDArray[np.int64]) -> Tensor:
+        """Rows [N, d] of a shard, or of the passages `ids` of it."""
+        shard, count = receipt.shard, receipt.num_passages
         if len(ids) < _SPARSE * count:
             return self.rows.read(ids)
         state = self.rows.state(shard)
@@ -105,15 +125,4 @@ class Reranker:
         if self.rows.state(shard) != state:
             raise CorruptArtifact(f"shard {shard} of the rows was written to while it was read")
         self._verified[shard] = state
-        chosen = rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - shard * self.rows.shard_passages)]
-        return chosen.float()
-
-    def _scores(self, rows_Nd: Tensor, ids: NDArray[np.int64], dual_Qd: Tensor) -> NDArray[np.float32]:
-        """Exact scores [Q, N] of the passages `ids` with rows float32 [N, d]."""
-        return _divided((dual_Qd @ rows_Nd.mT).numpy(), self.generation.norms_N[ids])
-
-
-def _divided(products_QN: NDArray[np.float32], norms_N: NDArray[np.float32]) -> NDArray[np.float32]:
-    safe_N = np.where(norms_N > 0, norms_N, np.float32(np.inf))
-    scores: NDArray[np.float32] = np.divide(products_QN, safe_N, dtype=np.float32)
-    return scores
+        return rows_ND if len(ids) == count else rows_ND[torch.from_numpy(ids - self.rows.first(shard))]

@@ -1,198 +1,59 @@
-"""Row shards: the un-whitened gradient rows of a corpus on disk, with the passages they belong to.
+"""Reading gradient rows and their passages, one by one or shard by shard. How they are kept is told in `row_shards`.
 
-    rows/000007.safetensors   one tensor "rows" [n, d], bfloat16 or float32; row i at a computable offset
-    rows/000007.parquet       sidecar: passage, tokens, loss, norm and CRC-32 of every row
-    rows/000007.json          receipt: counts, digests of both files, where the next shard starts; written last
-    rows/complete.json        totals, written when the corpus is finished
-
-`passage_id` is the global row number, so shard and offset follow by arithmetic: every shard but the last holds exactly
-`shard_passages` rows. A shard without a receipt does not exist. Rows are read one by one with positioned reads, or
-ranged requests where the folder lies in an object store, and each is checked against its CRC, pages of the sidecar
-against theirs; whole shards are read in order by `batches`. A local sidecar that is not the file it was when the store
-was opened is compared with its digest again. Writing needs a local folder.
+`passage_id` is the global row number; ids are dense over all parts that are open. Rows are read one by one with
+positioned reads, or ranged requests where the folder lies in an object store, and each is checked against its CRC,
+pages of the sidecar against theirs; whole shards are read in order by `batches`. A local sidecar is compared with its
+digest at its first use, and again whenever it is not the file it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trackstar.blobs import Location, RemotePath, each
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
-from trackstar.passages import Cursor, Passage
+from trackstar.passages import Passage
 from trackstar.ranges import LocalRanges, RangeReader, RemoteRanges
-from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json
-
-ROW_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32"}
-_SCHEMA = pa.schema(
-    [
-        ("passage_id", pa.int64()),
-        ("doc_id", pa.string()),
-        ("text", pa.string()),
-        ("source", pa.string()),
-        ("metadata", pa.string()),
-        ("token_start", pa.int64()),
-        ("token_end", pa.int64()),
-        ("tokens", pa.list_(pa.int32())),
-        ("loss", pa.float32()),
-        ("norm", pa.float32()),
-        ("crc32", pa.uint32()),
-    ]
+from trackstar.row_shards import (
+    ROW_DTYPES,
+    ROW_GROUP,
+    SIDECAR_SCHEMA,
+    Receipt,
+    digest_of_receipts,
+    not_a_receipt,
+    read_parts,
+    read_receipt,
+    read_receipts,
+    starts_of,
+    stem,
 )
-# Small groups, so that fetching a passage decodes few others.
-_ROW_GROUP = 256
+from trackstar.storage import file_digest
+
+_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _MAX_HEADER = 1 << 20
 _AGAIN = "give the index command again with --verify to build this shard anew"
 # Of the sidecars in an object store, the footers that are kept; those of local files are read each time.
 _KEPT_FOOTERS = 1024
 # What tells a local file from another, or from itself before it was written to: device, inode, size, time in ns.
 FileState = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
-    """What a finished shard holds and where the next one starts."""
-
-    shard: int
-    num_passages: int
-    num_tokens: int
-    rows_digest: str
-    sidecar_digest: str
-    next_cursor: Cursor
-
-
-def write_shard(
-    folder: Path,
-    shard: int,
-    passages: Sequence[Passage],
-    rows_ND: Tensor,
-    loss_N: Tensor,
-    *,
-    dtype: str,
-    next_cursor: Cursor,
-) -> Receipt:
-    """Publish one shard: rows, sidecar, then the receipt that makes it exist.
-
-    Args:
-        folder: the `rows` folder.
-        shard: number of the shard.
-        passages: the N passages.
-        rows_ND: float32 [N, d]; stored as `dtype`, rounded to nearest even.
-        loss_N: float32 [N].
-        dtype: "bfloat16" or "float32".
-        next_cursor: where the next shard starts in the corpus.
-    """
-    stored_ND = rows_ND.cpu().to(ROW_DTYPES[dtype]).contiguous()
-    raw = stored_ND.view(torch.uint8).numpy()
-    columns: dict[str, Any] = {
-        "passage_id": [passage.passage_id for passage in passages],
-        "doc_id": [passage.doc_id for passage in passages],
-        "text": [passage.text for passage in passages],
-        "source": [passage.source for passage in passages],
-        "metadata": [json.dumps(dict(passage.metadata), sort_keys=True, ensure_ascii=False) for passage in passages],
-        "token_start": [passage.token_start for passage in passages],
-        "token_end": [passage.token_end for passage in passages],
-        "tokens": [passage.tokens for passage in passages],
-        "loss": loss_N.cpu().numpy(),
-        "norm": rows_ND.norm(dim=1).cpu().numpy(),
-        "crc32": np.array([zlib.crc32(row) for row in raw], dtype=np.uint32),
-    }
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.table(columns, schema=_SCHEMA),
-        buffer,
-        compression="zstd",
-        row_group_size=_ROW_GROUP,
-        write_page_checksum=True,
-    )
-    stem = folder / f"{shard:06d}"
-    rows_digest = publish(stem.with_suffix(".safetensors"), safetensors.torch.save({"rows": stored_ND}))
-    sidecar_digest = publish(stem.with_suffix(".parquet"), buffer.getvalue())
-    receipt = Receipt(
-        shard=shard,
-        num_passages=len(passages),
-        num_tokens=sum(len(passage.tokens) for passage in passages),
-        rows_digest=rows_digest,
-        sidecar_digest=sidecar_digest,
-        next_cursor=next_cursor,
-    )
-    publish_json(stem.with_suffix(".json"), asdict(receipt))
-    return receipt
-
-
-def finished_shards(folder: Location) -> list[Receipt]:
-    """Receipts of the shards 0, 1, … that exist without a gap.
-
-    Raises:
-        CorruptArtifact: a receipt is unreadable.
-    """
-    receipts: list[Receipt] = []
-    step = folder.store.concurrency if isinstance(folder, RemotePath) else 1
-    while True:
-        first = len(receipts)
-        paths = [_stem(folder, shard).with_suffix(".json") for shard in range(first, first + step)]
-        for receipt in each(folder, _read_receipt, paths):
-            if receipt is None:
-                return receipts
-            receipts.append(receipt)
-
-
-def _read_receipt(path: Location) -> Receipt | None:
-    try:
-        content = read_json(path)
-        return Receipt(**{**content, "next_cursor": Cursor(*content["next_cursor"])})
-    except NotFound:
-        return None
-    except (KeyError, TypeError) as error:
-        raise _not_a_receipt(path) from error
-
-
-def _not_a_receipt(path: Location) -> CorruptArtifact:
-    return CorruptArtifact(f"{str(path)!r} is not a shard receipt; delete it to build the shard again")
-
-
-def mark_complete(folder: Path, *, shard_passages: int, dim: int, dtype: str) -> None:
-    """Publish the totals of a finished corpus."""
-    receipts = finished_shards(folder)
-    publish_json(
-        folder / "complete.json",
-        {
-            "num_passages": sum(receipt.num_passages for receipt in receipts),
-            "num_tokens": sum(receipt.num_tokens for receipt in receipts),
-            "num_shards": len(receipts),
-            "shard_passages": shard_passages,
-            "dim": dim,
-            "dtype": dtype,
-            "digest": _digest(receipts),
-        },
-    )
-
-
-def _digest(receipts: Sequence[Receipt]) -> str:
-    return digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts])
-
-
-def _stem(folder: Location, shard: int) -> Location:
-    return folder / f"{shard:06d}"
+_UNKNOWN: FileState = (-1, -1, -1, -1)
+# So many shards are looked at when a store is opened; of larger ones each at its first use.
+_OPENED_AT_ONCE = 4096
 
 
 class RowStore:
@@ -203,44 +64,52 @@ class RowStore:
         CorruptArtifact: a file does not have the size, shape or type its receipt and totals say.
     """
 
-    def __init__(self, folder: Location) -> None:
+    def __init__(
+        self, folder: Location, *, parts: int | None = None, versions: Mapping[int, str] | None = None
+    ) -> None:
+        """Open the first `parts` parts, or all; of the shards in `versions` the version named there."""
         self.folder = folder
         self._ranges: RangeReader[Any] = RemoteRanges(folder.store) if isinstance(folder, RemotePath) else LocalRanges()
-        try:
-            totals = read_json(folder / "complete.json")
-        except NotFound as error:
-            raise NotReady(f"the rows in {str(folder)!r} are not complete; give the index command again") from error
-        try:
-            self.num_passages: int = totals["num_passages"]
-            self.num_tokens: int = totals["num_tokens"]
-            self.shard_passages: int = totals["shard_passages"]
-            self.dim: int = totals["dim"]
-            self.dtype: str = totals["dtype"]
-            self.digest: str = totals["digest"]
-            self.num_shards: int = totals["num_shards"]
-        except (KeyError, TypeError) as error:
-            raise CorruptArtifact(
-                f"{str(folder / 'complete.json')!r} does not hold the totals of the rows; delete it and give the index "
-                "command again"
-            ) from error
-        self.receipts = finished_shards(folder)
-        if len(self.receipts) != self.num_shards:
-            raise CorruptArtifact(
-                f"{str(folder)!r} holds receipts of {len(self.receipts)} shards but {self.num_shards} were finished; "
-                "give the index command again to rebuild what is missing"
-            )
-        if _digest(self.receipts) != self.digest:
-            raise CorruptArtifact(
-                f"the receipts in {str(folder)!r} are not those of the finished rows (digest {self.digest[:12]}); "
-                "delete complete.json there and give the index command again"
-            )
+        self.parts = read_parts(folder)[:parts]
+        if len(self.parts) < (parts or 1):
+            raise NotReady(f"the rows in {str(folder)!r} are not complete; give the index command again")
+        self.versions = dict(versions or {})
+        self.dim = self.parts[0].dim
+        self.dtype = self.parts[0].dtype
+        self.receipts = [self._version(receipt) for part in self.parts for receipt in read_receipts(folder, part)]
+        self.num_shards = len(self.receipts)
+        self.starts = starts_of(receipt.num_passages for receipt in self.receipts)
+        self.num_passages = int(self.starts[-1])
+        self.num_tokens = sum(receipt.num_tokens for receipt in self.receipts)
+        # What a single part is known by, it keeps being known by.
+        self.digest = self.parts[0].digest if self._is_plain else digest_of_receipts(self.receipts)
         self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
-        self._paths = [_stem(folder, receipt.shard).with_suffix(".safetensors") for receipt in self.receipts]
-        self._offsets = each(folder, self._open_header, self.receipts)
+        self._paths = [
+            stem(folder, receipt.shard, receipt.version).with_suffix(".safetensors") for receipt in self.receipts
+        ]
         self._sidecars = [path.with_suffix(".parquet") for path in self._paths]
-        self._sidecar_states = [_state(path) for path in self._sidecars]
+        # Of local files only: objects are never written to.
+        self._sidecar_states: dict[int, FileState | None] = {}
+        self._offsets: dict[int, int] = {}
+        if self.num_shards <= _OPENED_AT_ONCE:
+            self._offsets.update(enumerate(each(folder, self._open_header, self.receipts)))
         self._checksums = lru_cache(maxsize=4096)(self._read_checksums)
         self._footers = lru_cache(maxsize=_KEPT_FOOTERS)(self._read_footer)
+
+    @property
+    def _is_plain(self) -> bool:
+        return len(self.parts) == 1 and not self.versions
+
+    def _version(self, receipt: Receipt) -> Receipt:
+        version = self.versions.get(receipt.shard)
+        if version is None:
+            return receipt
+        found = read_receipt(self.folder, receipt.shard, version)
+        if found is None:
+            raise CorruptArtifact(
+                f"shard {receipt.shard} of {str(self.folder)!r} is missing in its version {version}; purge again"
+            )
+        return found
 
     def close(self) -> None:
         """Close the open shard files."""
@@ -254,20 +123,20 @@ class RowStore:
             NotReady: the object store does not answer, or the disk.
             CorruptArtifact: a row's bytes are not those that were written.
         """
-        places = [self._locate(int(passage_id)) for passage_id in passage_ids]
+        places = self._locate(passage_ids)
         buffer = np.empty((len(places), self._row_bytes), dtype=np.uint8)
-        views = [memoryview(row) for row in buffer]
+        views = [row.data for row in buffer]
         shards = sorted({shard for shard, _ in places})
         checksums = dict(zip(shards, each(self.folder, self._checksums, shards), strict=True))
         counts = self._read_into(
             [
-                (self._paths[shard], self._offsets[shard] + row * self._row_bytes, view)
+                (self._paths[shard], self._offset(shard) + row * self._row_bytes, view)
                 for (shard, row), view in zip(places, views, strict=True)
             ]
         )
         for (shard, row), view, count in zip(places, views, counts, strict=True):
             if count != self._row_bytes or zlib.crc32(view) != checksums[shard][row]:
-                passage_id = shard * self.shard_passages + row
+                passage_id = self.first(shard) + row
                 raise self._corrupt(shard, f"row {row} (passage {passage_id}) does not match its checksum")
         return torch.from_numpy(buffer.reshape(-1)).view(ROW_DTYPES[self.dtype]).view(-1, self.dim).float()
 
@@ -281,7 +150,11 @@ class RowStore:
             CorruptArtifact: a shard is truncated or was altered.
         """
         for receipt in self.receipts:
-            yield receipt.shard * self.shard_passages, self.shard(receipt.shard, verify=verify)
+            yield self.first(receipt.shard), self.shard(receipt.shard, verify=verify)
+
+    def first(self, shard: int) -> int:
+        """First passage id of a shard."""
+        return int(self.starts[shard])
 
     def shard(self, shard: int, *, verify: bool = False) -> Tensor:
         """All rows [n, d] of one shard in their stored type."""
@@ -292,7 +165,7 @@ class RowStore:
             if verify:
                 self.verify(shard)
             with _reading(path):
-                raw = np.fromfile(path, dtype=np.uint8, offset=self._offsets[shard])
+                raw = np.fromfile(path, dtype=np.uint8, offset=self._offset(shard))
         if raw.size != count * self._row_bytes:
             raise self._corrupt(shard, f"it holds {raw.size:,} bytes of rows, {count * self._row_bytes:,} expected")
         return torch.from_numpy(raw).view(ROW_DTYPES[self.dtype]).view(count, self.dim)
@@ -322,26 +195,27 @@ class RowStore:
             try:
                 expected: str = receipt[key]
             except (KeyError, TypeError) as error:
-                raise _not_a_receipt(path) from error
+                raise not_a_receipt(path) from error
             file = path.with_suffix(suffix)
             _compare(file, _digest_of_file(file), expected)
 
     def passages(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> list[Passage]:
-        """The passages of the given ids, in the order given.
+        """The passages of the given ids, in the order given; of a purged one nothing but the id is left.
 
         Raises:
             NotFound: an id is out of range.
         """
-        wanted = [self._locate(int(passage_id)) for passage_id in passage_ids]
+        wanted = self._locate(passage_ids)
         found: dict[tuple[int, int], Passage] = {}
         rows_of: dict[tuple[int, int], set[int]] = {}
         for shard, row in wanted:
-            rows_of.setdefault((shard, row // _ROW_GROUP), set()).add(row % _ROW_GROUP)
+            rows_of.setdefault((shard, row // ROW_GROUP), set()).add(row % ROW_GROUP)
         groups = sorted(rows_of)
         for group, table in zip(groups, each(self.folder, lambda group: self._read_group(*group), groups), strict=True):
             # A group is read as a whole; only what is wanted of it becomes Python objects.
-            for passage in table.take(sorted(rows_of[group])).to_pylist():
-                found[self._locate(passage["passage_id"])] = Passage(
+            rows = sorted(rows_of[group])
+            for row, passage in zip(rows, table.take(rows).to_pylist(), strict=True):
+                found[group[0], group[1] * ROW_GROUP + row] = Passage(
                     passage_id=passage["passage_id"],
                     doc_id=passage["doc_id"],
                     text=passage["text"],
@@ -365,14 +239,23 @@ class RowStore:
         with self._sidecar(shard) as file:
             return file.read(columns=[name]).column(name)
 
-    def _locate(self, passage_id: int) -> tuple[int, int]:
-        if not 0 <= passage_id < self.num_passages:
-            raise NotFound(f"there is no passage {passage_id}; the index holds passages 0 to {self.num_passages - 1}")
-        return divmod(passage_id, self.shard_passages)
+    def _locate(self, passage_ids: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Shard and row within it of every passage."""
+        ids = np.asarray(passage_ids, dtype=np.int64)
+        outside = ids[(ids < 0) | (ids >= self.num_passages)]
+        if len(outside):
+            raise NotFound(f"there is no passage {outside[0]}; the index holds passages 0 to {self.num_passages - 1}")
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        return list(zip(shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True))
+
+    def _offset(self, shard: int) -> int:
+        if (offset := self._offsets.get(shard)) is None:
+            offset = self._offsets[shard] = self._open_header(self.receipts[shard])
+        return offset
 
     def _fetch(self, path: RemotePath, shard: int, *, verify: bool) -> NDArray[np.uint8]:
         """The bytes of all rows; moved once, though they are compared with the digest too."""
-        receipt, header = self.receipts[shard], self._offsets[shard]
+        receipt, header = self.receipts[shard], self._offset(shard)
         raw = np.empty(receipt.num_passages * self._row_bytes, dtype=np.uint8)
         head = bytearray(header)
         counts = self._read_into([(path, 0, memoryview(head)), (path, header, raw.data)])
@@ -394,7 +277,7 @@ class RowStore:
     def _sidecar(self, shard: int) -> Iterator[pq.ParquetFile]:
         path, receipt = self._sidecars[shard], self.receipts[shard]
         state = _state(path)
-        if state != self._sidecar_states[shard]:
+        if state is not None and state != self._sidecar_states.get(shard, _UNKNOWN):
             _compare(path, _digest_of_file(path), receipt.sidecar_digest)
             self._sidecar_states[shard] = state
         try:
@@ -406,7 +289,7 @@ class RowStore:
             else:
                 opened = pq.ParquetFile(path, page_checksum_verification=True)
             with opened as file:
-                if not file.schema_arrow.equals(_SCHEMA):
+                if not file.schema_arrow.equals(SIDECAR_SCHEMA):
                     raise _corrupt(path, "it has other columns")
                 if file.metadata.num_rows != receipt.num_passages:
                     raise _corrupt(path, f"it holds {file.metadata.num_rows:,} passages")

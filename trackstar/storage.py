@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, and the digests that tell what is in them.
 
-Contract: `publish` writes under a temporary name in the same folder, flushes to disk and renames; a crash leaves either
-the old file or none. Nothing that is published holds a time or a host, so the same inputs give the same bytes.
+Contract: `publish` writes under a temporary name in the same folder, flushes to disk and renames, or puts one whole
+object into an object store; a crash leaves either the old file or none. Several processes may publish the same file at
+once: one of them wins. Nothing that is published as part of an index holds a time or a host, so the same inputs give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,19 @@ from trackstar.blobs import Location, RemotePath
 from trackstar.errors import CorruptArtifact, NotFound, StorageFull
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = ".tmp"
 
 
-def publish(path: Path, data: bytes) -> str:
+def publish(path: Location, data: bytes) -> str:
     """Write `data` atomically and return its SHA-256 in hexadecimal.
 
     Raises:
         StorageFull: no space; whatever was published before is untouched.
+        NotReady: an object store refuses it, or does not answer.
     """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
     temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +56,21 @@ def publish(path: Path, data: bytes) -> str:
 
 
 def temporary_of(path: Path) -> Path:
-    """The name under which `path` is written before it is published; a killed process may leave it behind."""
-    return path.with_name(f".{path.name}.tmp")
+    """A name, new each time, under which `path` is written before it is published; a killed process may leave it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
-def publish_json(path: Path, content: Any) -> str:
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a killed `publish` left, or one that runs now."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """What killed processes left below a folder. Only for one who knows that nobody writes there."""
+    return (path for path in folder.rglob(f".*{_TEMPORARY}") if path.is_file())
+
+
+def publish_json(path: Location, content: Any) -> str:
     """Write `content` as indented JSON with sorted keys, atomically."""
     return publish(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 

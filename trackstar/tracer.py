@@ -12,7 +12,7 @@ alone, so each comes with a z-score against the same query's scores on a random 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,16 +32,33 @@ from trackstar.queries import tokenize, tokenize_prompt
 from trackstar.ranking import Ranking
 from trackstar.reranker import Reranker
 from trackstar.results import Evidence, Influence, Query, Trace
+from trackstar.tombstones import read_deleted
+
+# Queries that go through the model and are whitened at once.
+_ENCODED = 64
+# What queries that are scanned together may hold: of each, its whitened row, its dual, and that once more side by side.
+_SCAN_BYTES = 4 << 30
+
+
+def scan_batch(dim: int) -> int:
+    """Queries that `trace_many` can take through one scan within 4 GiB, at least 1."""
+    return max(1, _SCAN_BYTES // (3 * 4 * dim))
 
 
 class Tracer:
-    """Answers queries from one generation of an index with the checkpoint it was built with."""
+    """Answers queries from one generation of an index with the checkpoint it was built with.
 
-    def __init__(self, index: Index, loaded: LoadedModel, *, generation: str | None = None) -> None:
+    Without `searched` its codes are not opened before a coarse search needs them; an exact scan never does.
+    """
+
+    def __init__(
+        self, index: Index, loaded: LoadedModel, *, generation: str | None = None, searched: bool = True
+    ) -> None:
         self.index = index
         self.loaded = loaded
-        self.rows = index.rows()
-        self.generation: Generation = index.generation(generation, rows=self.rows)
+        name = generation or index.active()
+        self.rows = index.rows(name)
+        self.generation: Generation = index.generation(name, rows=self.rows, searched=searched)
         self.encoder: Encoder = index.encoder(loaded, length_step=QUERY_LENGTH_STEP)
         self.reranker = Reranker(self.rows, self.generation)
 
@@ -96,23 +113,39 @@ class Tracer:
         exact: bool = False,
         evidence: bool = False,
         batch: int = 64,
+        on_step: Callable[[str, int, int], None] = lambda _step, _done, _total: None,
     ) -> Iterator[Trace]:
-        """Trace many queries, `batch` at a time through every stage; the same answers as one by one."""
+        """Trace many queries, `batch` at a time through every stage; the same answers as one by one.
+
+        With `exact`, every shard of rows is read once for each `batch`: see `scan_batch`. `on_step` is called with
+        (step, units done, units in total) while queries are encoded and rows scanned.
+        """
         if k < 1 or candidates < k:
             raise InvalidRequest(f"k must be at least 1 and candidates at least k; k is {k}, candidates {candidates}")
         examples = [self._tokenize(query) for query in queries]
+        deleted = read_deleted(self.index.root)
+        mask_N = deleted.mask(self.rows.num_passages)
         signs = (1.0, -1.0) if opponents else (1.0,)
         for start in range(0, len(queries), batch):
             part = slice(start, start + batch)
             clock = _Clock()
-            encoded = self._encode(examples[part])
+            encoded: list[Dual] = []
+            for first in range(start, min(start + batch, len(queries)), _ENCODED):
+                encoded += self._encode(examples[first : min(first + _ENCODED, start + batch)])
+                on_step("encoding", start + len(encoded), len(queries))
             clock.lap("encode")
             # A scan reads every row once for all queries; the cascade reads `candidates` rows for every query and end.
             scan = (
                 exact or len(encoded) * len(signs) * min(candidates, self.rows.num_passages) >= self.rows.num_passages
             )
             if scan:
-                rankings = self.reranker.scan(torch.stack([query.dual_d for query in encoded]), signs=signs, k=k)
+                rankings = self.reranker.scan(
+                    torch.stack([query.dual_d for query in encoded]),
+                    signs=signs,
+                    k=k,
+                    mask_N=mask_N,
+                    on_rows=lambda done, total: on_step("scanning", done, total),
+                )
                 clock.lap("scan")
                 examined = self.rows.num_passages
             else:
@@ -120,7 +153,7 @@ class Tracer:
                 clock.lap("search")
                 rankings = [
                     [
-                        self.reranker.rerank(query.dual_d, ids, sign=sign, k=k)
+                        self.reranker.rerank(query.dual_d, deleted.without(ids), sign=sign, k=k)
                         for ids, sign in zip(ends, signs, strict=True)
                     ]
                     for query, ends in zip(encoded, proposed, strict=True)

@@ -55,10 +55,10 @@ def milvus_coarse(config: MilvusConfig, link: MilvusLink) -> Callable[[Generatio
             dim=facts.dim,
             timeout_seconds=config.timeout_seconds,
         )
-        if (count := opened.count(timeout_seconds=config.timeout_seconds)) != facts.num_passages:
+        if (count := opened.count(timeout_seconds=config.timeout_seconds)) != facts.num_codes:
             opened.close()
             raise NotReady(
-                f"Milvus holds {count:,} of {facts.num_passages:,} codes of generation {facts.name!r}; "
+                f"Milvus holds {count:,} of {facts.num_codes:,} codes of generation {facts.name!r}; "
                 "give `trackstar fill-milvus` again"
             )
         return opened

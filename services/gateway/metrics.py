@@ -14,6 +14,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from services.gateway.config import split_address
+from trackstar.audit_record import AUDIT_GAUGES, Audit
 
 OTHER = "other"
 # Seconds: from a refusal to the longest exhaustive trace.
@@ -122,6 +123,9 @@ class GatewayMetrics:
             ["generation", "checkpoint"],
             registry=self.registry,
         )
+        self._audit = {
+            gauge.name: Gauge(gauge.name, gauge.help, ["generation"], registry=self.registry) for gauge in AUDIT_GAUGES
+        }
         self._retries = Counter(
             "trackstar_backend_retries",
             "Calls to a backend that were tried again.",
@@ -206,6 +210,14 @@ class GatewayMetrics:
             self._reindex_shards.labels(state).set(count)
         self._reindex_rate.set(tokens_per_second)
         self._reindex_remaining.set(float("nan") if remaining_seconds is None else remaining_seconds)
+
+    def audit(self, audit: Audit | None) -> None:
+        """What the last audit of the generation that answers found; None if it was never audited."""
+        for gauge in AUDIT_GAUGES:
+            shown = self._audit[gauge.name]
+            shown.clear()
+            if audit is not None:
+                shown.labels(audit.generation).set(gauge.value(audit))
 
     def retried(self, backend: str) -> None:
         """A call to a backend is tried again. `backend`: encoder, reranker or milvus."""

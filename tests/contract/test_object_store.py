@@ -20,15 +20,17 @@ import torch
 
 from tests.s3_server import BUCKET, PROGRAM, S3Server
 from tests.unit.test_index import built as built
+from tests.unit.test_index import settings
 from tests.unit.test_rows import COUNTS, DIM, PER_SHARD, TOTAL, equal, flip, passage, write
 from trackstar.blobs import Location, RemotePath, local, location
+from trackstar.build import build_index, make_config
 from trackstar.describe import describe_index
-from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, NotReady
+from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, NotReady, TrackstarError
 from trackstar.index import Index, load_correction
-from trackstar.passages import Cursor
 from trackstar.reranker import Reranker
 from trackstar.results import Query
-from trackstar.rows import RowStore, finished_shards, mark_complete, write_shard
+from trackstar.row_shards import complete_part, finished_shards, write_shard
+from trackstar.rows import RowStore
 from trackstar.storage import file_digest
 from trackstar.tracer import Tracer
 
@@ -111,7 +113,8 @@ def copy(request: pytest.FixtureRequest, server: S3Server) -> Iterator[Callable[
 def test_rows_are_those_of_the_folder(rows: Path, copy: Callable[[Path], RemotePath]) -> None:
     remote = copy(rows)
     here, there = RowStore(rows), RowStore(remote)
-    assert finished_shards(remote) == finished_shards(rows) == there.receipts
+    assert finished_shards(remote) == finished_shards(rows) == [receipt.shard for receipt in there.receipts]
+    assert there.receipts == here.receipts
     assert there.digest == here.digest
     generator = np.random.Generator(np.random.Philox(key=1))
     for ids in ([], [5], [616, 0, 616, 301], range(TOTAL), generator.integers(0, TOTAL, 50)):
@@ -180,16 +183,55 @@ def test_a_url_and_the_environment_are_enough(built: Path, server: S3Server, mon
     assert len(found[0]) == 3
 
 
-def test_what_writes_needs_a_folder(built: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_a_folder_says_so(built: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    url = server.upload(built / "index", "read-only")
-    index = Index(opened(server, url))
-    for action in (lambda: index.catalog.activate(index.active()), lambda: local(index.root)):
-        with pytest.raises(InvalidRequest, match=r"'s3://indexes/read-only.*give a local folder"):
-            action()
+    url = server.upload(built / "index", "folder")
+    with pytest.raises(InvalidRequest, match=r"'s3://indexes/folder.*give a local folder"):
+        local(Index(opened(server, url)).root)
     with pytest.raises(InvalidRequest, match="give a local folder"):
         describe_index(url)
+
+
+def stored_corpus(built: Path, tmp_path: Path, server: S3Server) -> str:
+    (tmp_path / "corpus").mkdir()
+    shutil.copy(built / "corpus.jsonl", tmp_path / "corpus")
+    return server.upload(tmp_path / "corpus", f"corpora/{tmp_path.name}")
+
+
+def test_an_index_is_built_there_from_a_corpus_there(
+    built: Path, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials come from the environment, as they do on a cluster."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    corpus = stored_corpus(built, tmp_path, server)
+    here = Index(built / "index")
+    wanted = settings(built, corpus={"paths": [corpus]})
+    generation = build_index(make_config(wanted), "s3://indexes/made")
+    generation.close()
+    there = Index("s3://indexes/made")
+    assert there.active() == generation.name
+    assert torch.equal(there.rows().read([0, 1, 2]), here.rows().read([0, 1, 2]))
+    assert [one.text for one in there.rows().passages([2, 0])] == [one.text for one in here.rows().passages([2, 0])]
+    # Given again it does nothing; another damping codes anew.
+    assert build_index(make_config(wanted), "s3://indexes/made").name == generation.name
+    other = build_index(make_config({**wanted, "mix": {"damping": 0.7}}), "s3://indexes/made")
+    assert there.active() == other.name != generation.name
+
+
+def test_wrong_credentials_are_named_without_being_shown(
+    built: Path, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    corpus = stored_corpus(built, tmp_path, server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    config = make_config(settings(built, corpus={"paths": [corpus]}))
+    with pytest.raises(TrackstarError) as caught:
+        build_index(config, "s3://indexes/refused")
+    assert "secret-of-the-test" not in str(caught.value)
+    assert "s3://" in str(caught.value)
 
 
 # --- only what is wanted -----------------------------------------------------------------------------------------
@@ -203,8 +245,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory, server: S3Server) -> str:
     folder = tmp_path_factory.mktemp("wide") / "rows"
     rows_ND = torch.randn(WIDE, WIDE_DIM, generator=torch.Generator().manual_seed(0))
     passages = [passage(row) for row in range(WIDE)]
-    write_shard(folder, 0, passages, rows_ND, torch.zeros(WIDE), dtype="bfloat16", next_cursor=Cursor(WIDE, 0))
-    mark_complete(folder, shard_passages=WIDE, dim=WIDE_DIM, dtype="bfloat16")
+    receipt = write_shard(folder, 0, passages, rows_ND, torch.zeros(WIDE), dtype="bfloat16")
+    complete_part(folder, 0, [receipt], first_shard=0, shard_passages=WIDE, dim=WIDE_DIM, dtype="bfloat16", corpus={})
     return server.upload(folder, "wide")
 
 
@@ -261,8 +303,7 @@ def test_norms_are_read_without_the_codes(tmp_path: Path, built: Path, server: S
     assert generation.norms_N.tolist() == index.generation().norms_N.tolist()
     with pytest.raises(NotReady, match="no coarse index"):
         _ = generation.coarse
-    codes = [key for key, _ in counting.ranges if "/codes/" in key]
-    assert len(codes) == 2 * len(index.rows().receipts)
+    assert not [key for key, _ in counting.ranges if "/codes/" in key]
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -350,7 +391,7 @@ def test_a_store_that_stops_is_not_ready_until_it_is_back(rows: Path) -> None:
         url = server.upload(rows, "rows")
         store = RowStore(opened(server, url, timeout_seconds=1.0))
         expected = store.read([0, 310])
-        named = rf"'{url}/.* cannot be read: the store gave no answer within 1 seconds"
+        named = rf"'{url}/.* cannot be reached: the store gave no answer within 1 seconds"
         server.pause()
         refused(lambda: store.read([0, 310]), named)
         refused(lambda: store.passages([0, 310]), named)

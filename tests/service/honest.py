@@ -29,6 +29,7 @@ from services.gateway.jobs import Jobs
 from services.gateway.request import Principal, RequestContext, enter
 from services.gateway.trace_service import TraceService
 from services.vectors import to_array, to_vector
+from tests.audits import audited
 from trackstar.catalog import FORMAT, Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex, MemoryIndex
 from trackstar.codes import CodeSpec
@@ -285,7 +286,6 @@ def make_index(root: Path, *generations: str, active: str | None = None) -> Cata
         "dim": DIM,
     }
     _write(root / "index.json", facts)
-    _write(root / "rows/complete.json", {"num_passages": NUM})
     for name in generations:
         add_generation(root, name)
     catalog = Catalog(root)
@@ -298,11 +298,14 @@ def add_generation(root: Path, name: str) -> None:
     """One more finished generation."""
     content = {
         "name": name,
+        "num_passages": NUM,
+        "num_codes": NUM,
         "mix": {"kind": "train", "damping": 0.1},
         "weight": 0.0,
         "code": {"kind": SPEC.kind, "size": SPEC.size, "store": "memory", "seed": SPEC.seed},
     }
     _write(root / f"generations/{name}/generation.json", content)
+    audited(root, name, NUM)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.audits import audited
 from trackstar.catalog import FORMAT, Catalog
 from trackstar.codes import CodeSpec
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady
@@ -26,6 +27,8 @@ _GENERATION: dict[str, Any] = {
     "weight": 0.75,
     "code": {"kind": "bits", "size": None, "store": "memory", "seed": 3},
     "rows": "r" * 64,
+    "num_passages": 40,
+    "num_codes": 38,
 }
 
 
@@ -37,9 +40,9 @@ def _write(path: Path, content: Any) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     _write(tmp_path / "index.json", _INDEX)
-    _write(tmp_path / "rows/complete.json", {"num_passages": 40})
     for name in ("beta", "alpha"):
         _write(tmp_path / f"generations/{name}/generation.json", {**_GENERATION, "name": name})
+        audited(tmp_path, name, 38)
     (tmp_path / "generations/gamma").mkdir()
     return tmp_path
 
@@ -49,7 +52,7 @@ def test_names_and_facts(root: Path) -> None:
     assert catalog.names() == ["alpha", "beta", "gamma"]
     assert catalog.finished() == ["alpha", "beta"]
     facts = catalog.describe("alpha")
-    assert (facts.name, facts.state, facts.num_passages, facts.dim) == ("alpha", "ready", 40, 96)
+    assert (facts.name, facts.state, facts.num_passages, facts.num_codes, facts.dim) == ("alpha", "ready", 40, 38, 96)
     assert (facts.mix, facts.weight, facts.damping, facts.store) == ("task", 0.75, 0.25, "memory")
     assert facts.spec == CodeSpec(kind="bits", size=128, seed=3)
     assert facts.checkpoint_digest == "c" * 64
@@ -78,6 +81,12 @@ def test_only_finished_generations_are_activated(root: Path) -> None:
         catalog.activate("delta")
     with pytest.raises(NotFound):
         catalog.activate("../generations/alpha")
+    audited(root, "alpha", 38, passed=False)
+    with pytest.raises(NotReady, match="'alpha' failed its audit: it finds half of the best; when that is done give"):
+        catalog.activate("alpha")
+    (root / "generations" / "beta" / "audit.json").unlink()
+    with pytest.raises(NotReady, match=r"'beta' was not audited yet; give `trackstar audit .* --generation beta`"):
+        catalog.activate("beta")
     assert catalog.pointer() is None
 
 

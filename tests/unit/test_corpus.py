@@ -349,7 +349,7 @@ def test_json_lines_round_trip_any_text(tmp_path_factory: pytest.TempPathFactory
         "\n".join(json.dumps({"text": t}, ensure_ascii=escape) for t in texts), encoding="utf-8", newline=""
     )
     (file,) = find_files([str(path)])
-    records = [record for _, record in read_records(file, fields=("text",), text_unit="line")]
+    records = [record for _, _, record in read_records(file, fields=("text",), text_unit="line")]
     assert records == [{"text": text} for text in texts]
 
 

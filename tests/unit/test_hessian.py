@@ -17,12 +17,12 @@ from trackstar.errors import InvalidRequest
 from trackstar.hessian import (
     CROSSING_FRACTION,
     Autocorrelation,
-    AutocorrelationBuilder,
     MixConfig,
     Whitener,
     autocorrelation,
     crossing_weight,
     mix,
+    product_sums,
 )
 from trackstar.projection import Block, BlockLayout
 
@@ -101,18 +101,18 @@ def test_autocorrelation_does_not_depend_on_batches_or_order(cuts: list[int], or
 
 def test_autocorrelation_needs_rows() -> None:
     with pytest.raises(InvalidRequest, match="at least one row"):
-        AutocorrelationBuilder(LAYOUT).finish()
+        product_sums([], LAYOUT).average()
 
 
-def test_builder_can_be_asked_in_between() -> None:
-    rows_ND = rows(20)
-    builder = AutocorrelationBuilder(LAYOUT)
-    builder.add(rows_ND[:5])
-    early = builder.finish()
-    builder.add(rows_ND[5:])
-    for block, expected in zip(early.blocks, loop(rows_ND[:5], LAYOUT), strict=True):
-        assert relative(block, expected) < 1e-14
-    assert builder.finish().count == 20
+def test_sums_of_parts_add_up_in_any_grouping() -> None:
+    rows_ND = rows(20).double()
+    parts = [product_sums([rows_ND[first : first + 5]], LAYOUT) for first in range(0, 20, 5)]
+    tree = (parts[0] + parts[1]) + (parts[2] + parts[3])
+    chain = parts[0] + parts[1] + parts[2] + parts[3]
+    assert tree.count == chain.count == 20
+    for one, two, expected in zip(tree.average().blocks, chain.average().blocks, loop(rows_ND, LAYOUT), strict=True):
+        assert relative(one, expected) < 1e-14
+        assert relative(two, expected) < 1e-14
 
 
 def test_eigenvalues_are_those_of_all_blocks_descending() -> None:

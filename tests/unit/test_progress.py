@@ -35,20 +35,17 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end() -> None:
     ]
 
 
-def test_remaining_time_is_forecast_from_tokens_once_they_are_known() -> None:
+def test_remaining_time_goes_by_tokens_where_a_step_does() -> None:
     clock, stream = Clock(), io.StringIO()
-    known: list[int] = []
-    expected = lambda: known[0] if known else None  # noqa: E731
-    with StepProgress(Console(file=stream), clock=clock, expected_tokens=expected, tokens_before=1000) as progress:
-        progress.start("encoding", 50, None)
+    with StepProgress(Console(file=stream), clock=clock) as progress:
+        progress.start("encoding", 50, 200, tokens=3000)
         clock.now += 10
         progress.advance("encoding", 50, 500)
-        known.append(4000)
         clock.now += 10
         progress.advance("encoding", 100, 500)
     assert lines(stream)[:2] == [
-        "encoding: 50 passages, 50 tokens/s, remaining time not known yet",
-        "encoding: 100 passages, 50 tokens/s, 40 s left",
+        "encoding: 50 of 200 passages, 50 tokens/s, 50 s left",
+        "encoding: 100 of 200 passages, 50 tokens/s, 40 s left",
     ]
 
 

@@ -20,8 +20,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trackstar.errors import CorruptArtifact, Incompatible, NotFound, NotReady, TrackstarError
-from trackstar.passages import Cursor, Passage
-from trackstar.rows import ROW_DTYPES, RowStore, finished_shards, mark_complete, write_shard
+from trackstar.passages import Passage
+from trackstar.row_shards import (
+    ROW_DTYPES,
+    Part,
+    blank,
+    complete_part,
+    finished_shards,
+    read_receipt,
+    write_shard,
+)
+from trackstar.rows import RowStore
 from trackstar.storage import digest_of
 
 DIM = 24
@@ -52,6 +61,21 @@ def gradients(seed: int = 0, count: int = TOTAL) -> Tensor:
     return torch.randn(count, DIM, generator=generator) * scale_N1
 
 
+def complete(folder: Path, num_shards: int, dtype: str = "float32", number: int = 0, first_shard: int = 0) -> Part:
+    """Make a part of shards that are there."""
+    receipts = [read_receipt(folder, first_shard + shard) for shard in range(num_shards)]
+    return complete_part(
+        folder,
+        number,
+        [receipt for receipt in receipts if receipt],
+        first_shard=first_shard,
+        shard_passages=PER_SHARD,
+        dim=DIM,
+        dtype=dtype,
+        corpus={"paths": ["corpus"]},
+    )
+
+
 def write(folder: Path, dtype: str = "float32", counts: tuple[int, ...] = COUNTS) -> Tensor:
     """A finished corpus of rows; returns them as they should come back, float32 [N, d]."""
     rows_ND = gradients(count=sum(counts))
@@ -64,10 +88,9 @@ def write(folder: Path, dtype: str = "float32", counts: tuple[int, ...] = COUNTS
             rows_ND[first : first + count],
             torch.arange(first, first + count, dtype=torch.float32),
             dtype=dtype,
-            next_cursor=Cursor(first + count, shard),
         )
         first += count
-    mark_complete(folder, shard_passages=PER_SHARD, dim=DIM, dtype=dtype)
+    complete(folder, len(counts), dtype)
     return rows_ND.to(ROW_DTYPES[dtype]).float()
 
 
@@ -106,7 +129,7 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 def test_rows_come_back_bit_by_bit(dtype: str, tmp_path: Path) -> None:
     expected_ND = write(tmp_path / "rows", dtype)
     store = RowStore(tmp_path / "rows")
-    assert (store.num_passages, store.dim, store.dtype, store.shard_passages) == (TOTAL, DIM, dtype, PER_SHARD)
+    assert (store.num_passages, store.dim, store.dtype, store.parts[0].shard_passages) == (TOTAL, DIM, dtype, PER_SHARD)
     assert torch.equal(store.read(range(TOTAL)), expected_ND)
     batches = list(store.batches(verify=True))
     assert [first for first, _ in batches] == [0, PER_SHARD, 2 * PER_SHARD]
@@ -166,7 +189,7 @@ def test_written_twice_the_bytes_are_identical(dtype: str, tmp_path: Path) -> No
     write(tmp_path / "a", dtype)
     write(tmp_path / "b", dtype)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 3 * len(COUNTS) + 1
+    assert len(names) == 3 * len(COUNTS) + 2
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -181,9 +204,10 @@ def test_rounding_to_bfloat16_is_to_nearest_even(tmp_path: Path) -> None:
         torch.tensor([halfway]),
         torch.zeros(1),
         dtype="bfloat16",
-        next_cursor=Cursor(1, 0),
     )
-    mark_complete(tmp_path, shard_passages=1, dim=2, dtype="bfloat16")
+    receipt = read_receipt(tmp_path, 0)
+    assert receipt is not None
+    complete_part(tmp_path, 0, [receipt], first_shard=0, shard_passages=1, dim=2, dtype="bfloat16", corpus={})
     assert RowStore(tmp_path).read([0]).tolist() == [[1.0, 1.015625]]
 
 
@@ -191,37 +215,28 @@ def test_rounding_to_bfloat16_is_to_nearest_even(tmp_path: Path) -> None:
 
 
 def test_receipts_say_what_the_shards_hold(written: Path) -> None:
-    receipts = finished_shards(written)
-    assert [receipt.shard for receipt in receipts] == [0, 1, 2]
-    assert [receipt.num_passages for receipt in receipts] == list(COUNTS)
-    assert [receipt.next_cursor for receipt in receipts] == [Cursor(300, 0), Cursor(600, 1), Cursor(617, 2)]
-    assert sum(receipt.num_tokens for receipt in receipts) == sum(row % 9 for row in range(TOTAL))
     store = RowStore(written)
+    assert [receipt.shard for receipt in store.receipts] == finished_shards(written) == [0, 1, 2]
+    assert [receipt.num_passages for receipt in store.receipts] == list(COUNTS)
+    assert store.starts.tolist() == [0, 300, 600, 617]
     assert store.num_tokens == sum(row % 9 for row in range(TOTAL))
-    assert store.digest == digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts])
+    assert store.digest == digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in store.receipts])
 
 
 def test_write_returns_the_receipt_it_wrote(tmp_path: Path) -> None:
-    written = write_shard(
-        tmp_path, 0, [passage(3)], torch.ones(1, 2), torch.ones(1), dtype="float32", next_cursor=Cursor(4, 5)
-    )
-    assert finished_shards(tmp_path) == [written]
-
-
-def test_a_gap_ends_the_finished_shards(folder: Path) -> None:
-    (folder / "000001.json").unlink()
-    assert [receipt.shard for receipt in finished_shards(folder)] == [0]
-    with pytest.raises(CorruptArtifact, match=rf"receipts of 1 shards but 3 were finished; {AGAIN}"):
-        RowStore(folder)
+    written = write_shard(tmp_path, 0, [passage(3)], torch.ones(1, 2), torch.ones(1), dtype="float32")
+    assert read_receipt(tmp_path, 0) == written
+    assert read_receipt(tmp_path, 1) is None
 
 
 def test_a_shard_without_a_receipt_does_not_exist(folder: Path) -> None:
-    (folder / "000002.json").unlink()
-    assert len(finished_shards(folder)) == 2
+    (folder / "000001.json").unlink()
+    assert finished_shards(folder) == [0, 2]
+    assert finished_shards(folder / "nowhere") == []
 
 
 def test_rows_that_are_not_complete_are_not_ready(folder: Path) -> None:
-    (folder / "complete.json").unlink()
+    (folder / "part-000.json").unlink()
     with pytest.raises(NotReady, match=rf"not complete; {AGAIN}"):
         RowStore(folder)
     with pytest.raises(NotReady):
@@ -232,7 +247,7 @@ def test_rows_that_are_not_complete_are_not_ready(folder: Path) -> None:
 def test_a_receipt_of_another_form_is_corrupt(content: Any, folder: Path) -> None:
     (folder / "000001.json").write_text(json.dumps(content))
     with pytest.raises(CorruptArtifact, match=r"000001\.json' is not a shard receipt; delete it"):
-        finished_shards(folder)
+        read_receipt(folder, 1)
     with pytest.raises(CorruptArtifact, match="not a shard receipt"):
         RowStore.verify_files(folder / "000001.json", content)
 
@@ -240,32 +255,96 @@ def test_a_receipt_of_another_form_is_corrupt(content: Any, folder: Path) -> Non
 def test_a_truncated_receipt_is_corrupt(folder: Path) -> None:
     (folder / "000001.json").write_bytes((folder / "000001.json").read_bytes()[:-20])
     with pytest.raises(CorruptArtifact, match=r"000001\.json"):
-        RowStore(folder)
+        read_receipt(folder, 1)
 
 
 @pytest.mark.parametrize("content", [[], {}, {"num_passages": 617}, None])
 def test_totals_of_another_form_are_corrupt(content: Any, folder: Path) -> None:
-    (folder / "complete.json").write_text(json.dumps(content))
-    with pytest.raises(CorruptArtifact, match=rf"complete\.json' does not hold the totals.*{AGAIN}"):
+    (folder / "part-000.json").write_text(json.dumps(content))
+    with pytest.raises(CorruptArtifact, match=rf"part-000\.json' does not hold the totals.*{AGAIN}"):
         RowStore(folder)
 
 
-def test_receipts_of_another_run_are_noticed(folder: Path, tmp_path: Path) -> None:
-    """A whole shard, valid in itself, exchanged for another."""
-    other = tmp_path / "other"
-    write_shard(
-        other,
-        2,
-        [passage(600 + row) for row in range(17)],
-        gradients(seed=1, count=17),
-        torch.zeros(17),
+def test_receipts_of_other_rows_are_noticed(folder: Path) -> None:
+    store = RowStore(folder)
+    complete_part(
+        folder.parent / "other",
+        0,
+        store.receipts[:2],
+        first_shard=0,
+        shard_passages=PER_SHARD,
+        dim=DIM,
         dtype="float32",
-        next_cursor=Cursor(617, 2),
+        corpus={},
     )
+    shutil.copy(folder.parent / "other" / "part-000.parquet", folder)
+    with pytest.raises(CorruptArtifact, match=rf"not those of the finished rows.*{AGAIN}"):
+        RowStore(folder)
+    (folder / "part-000.parquet").unlink()
+    with pytest.raises(CorruptArtifact, match=rf"part-000\.parquet' cannot be read; delete part-000\.json.*{AGAIN}"):
+        RowStore(folder)
+
+
+def test_a_whole_shard_exchanged_for_another_is_noticed(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    rows_ND = gradients(seed=1, count=17)
+    write_shard(other, 2, [passage(600 + row) for row in range(17)], rows_ND, torch.zeros(17), dtype="float32")
     for path in other.iterdir():
         shutil.copy(path, folder)
-    with pytest.raises(CorruptArtifact, match=r"not those of the finished rows"):
-        RowStore(folder)
+    store = RowStore(folder)
+    with pytest.raises(CorruptArtifact, match=r"000002\.parquet' is not what was written: its digest is"):
+        store.read([610])
+
+
+# --- parts and versions ------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_added_without_touching_the_one_before(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    more_ND = gradients(seed=2, count=5)
+    one = RowStore(folder)
+    write_shard(folder, 3, [passage(TOTAL + row) for row in range(5)], more_ND, torch.zeros(5), dtype="float32")
+    part = complete(folder, 1, number=1, first_shard=3)
+    assert (part.num_passages, part.first_shard) == (5, 3)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    both = RowStore(folder)
+    assert (both.num_passages, both.num_shards, both.starts.tolist()) == (TOTAL + 5, 4, [0, 300, 600, 617, 622])
+    assert torch.equal(
+        both.read([0, TOTAL - 1, TOTAL, TOTAL + 4]), torch.cat([one.read([0, TOTAL - 1]), more_ND[[0, 4]]])
+    )
+    assert [found.passage_id for found in both.passages([TOTAL + 4, 599])] == [TOTAL + 4, 599]
+    assert both.column("passage_id").tolist() == list(range(TOTAL + 5))
+    first = RowStore(folder, parts=1)
+    assert (first.num_passages, first.digest) == (TOTAL, one.digest)
+    assert both.digest != one.digest
+    with pytest.raises(NotReady, match="not complete"):
+        RowStore(folder, parts=3)
+
+
+def test_a_version_takes_the_place_of_its_shard(folder: Path) -> None:
+    plain = RowStore(folder)
+    rows_ND = plain.shard(1).clone()
+    rows_ND[7] = 0
+    passages = plain.passages(list(range(300, 600)))
+    passages[7] = blank(passages[7])
+    receipt = write_shard(folder, 1, passages, rows_ND, torch.zeros(300), dtype="float32", version="ab12")
+    assert finished_shards(folder) == [0, 1, 2]
+    store = RowStore(folder, versions={1: "ab12"})
+    assert store.receipts[1] == receipt
+    assert store.digest != plain.digest
+    assert not store.read([307]).any()
+    assert torch.equal(store.read([306, 308, 600]), plain.read([306, 308, 600]))
+    gone = store.passages([307])[0]
+    assert (gone.passage_id, gone.doc_id, gone.text, gone.source, gone.metadata, len(gone.tokens)) == (
+        307,
+        "",
+        "",
+        "",
+        {},
+        0,
+    )
+    with pytest.raises(CorruptArtifact, match=r"shard 1 of .* is missing in its version cd34; purge again"):
+        RowStore(folder, versions={1: "cd34"})
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -299,25 +378,23 @@ def test_one_flipped_bit_is_found_on_read(row: int, bit: int, folder: Path) -> N
     store.verify(2)
 
 
-def test_every_flipped_bit_of_the_sidecar_is_found_by_verify_and_harmless_to_read(folder: Path) -> None:
-    """Reading the sidecar either fails clearly or returns what was written; never another text."""
+def test_every_flipped_bit_of_the_sidecar_is_found(folder: Path) -> None:
+    """Also where the store was open, and had read the file, before it was altered."""
     path = folder / "000002.parquet"
     whole = path.read_bytes()
     expected = [passage(600 + row) for row in range(17)]
-    outcomes = {"same": 0, "refused": 0}
+    opened = RowStore(folder)
     for offset in range(0, len(whole), 19):
         flip(path, offset, offset % 8)
         store = RowStore(folder)
         with pytest.raises(CorruptArtifact, match=rf"000002\.parquet.*{MEND}"):
             store.verify(2)
-        try:
-            found = store.passages(range(600, 617))
-            assert all(equal(one, other) for one, other in zip(found, expected, strict=True)), offset
-            outcomes["same"] += 1
-        except CorruptArtifact:
-            outcomes["refused"] += 1
+        for reader in (store, opened):
+            with pytest.raises(CorruptArtifact, match=rf"000002\.parquet.*{MEND}"):
+                reader.passages(range(600, 617))
         path.write_bytes(whole)
-    assert outcomes["refused"] > outcomes["same"] > 0
+        found = opened.passages(range(600, 617))
+        assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("cut", [1, 5000])
@@ -378,7 +455,7 @@ def test_a_truncated_sidecar_is_found_on_use(length: int, folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:length])
     store = RowStore(folder)
     for action in (lambda: store.read([300]), lambda: store.passages([300]), lambda: store.column("loss")):
-        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*unreadable.*{MEND}"):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*its digest is.*{MEND}"):
             action()
 
 
@@ -386,7 +463,7 @@ def test_a_sidecar_of_other_columns_is_found_on_use(folder: Path) -> None:
     path = folder / "000001.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["source"]), path)
     for action in (RowStore(folder).read, RowStore(folder).passages):
-        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*other columns.*{MEND}"):
+        with pytest.raises(CorruptArtifact, match=rf"000001\.parquet.*its digest is.*{MEND}"):
             action([300])
 
 
@@ -413,7 +490,7 @@ def test_another_shape_or_type_names_both(found: str, rows_ND: Tensor, folder: P
 
 
 def test_verify_files_needs_no_finished_rows(folder: Path) -> None:
-    (folder / "complete.json").unlink()
+    (folder / "part-000.json").unlink()
     path = folder / "000001.json"
     receipt = json.loads(path.read_text())
     RowStore.verify_files(path, receipt)
@@ -427,7 +504,7 @@ def test_verify_files_needs_no_finished_rows(folder: Path) -> None:
 
 def test_no_damage_escapes_as_another_kind_of_error(folder: Path) -> None:
     """Whatever byte of the small files is altered: opening and reading give a TrackstarError or what was written."""
-    for name in ("000002.json", "complete.json", "000002.safetensors"):
+    for name in ("part-000.parquet", "part-000.json", "000002.parquet", "000002.safetensors"):
         path = folder / name
         whole = path.read_bytes()
         for offset in range(min(len(whole), 300)):

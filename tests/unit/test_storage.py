@@ -17,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trackstar.errors import CorruptArtifact, NotFound
-from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json, temporary_of
+from trackstar.storage import (
+    digest_of,
+    file_digest,
+    is_temporary,
+    leftovers,
+    publish,
+    publish_json,
+    read_json,
+    temporary_of,
+)
 
 LIMIT = 64 << 10
 # Publishes one file that fits and one that does not, then the first again; says what happened.
@@ -55,11 +64,19 @@ def test_publish_replaces_the_whole_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"short"
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
-    temporary_of(tmp_path / "file").write_bytes(b"half of it, and more than will be written")
-    publish(tmp_path / "file", b"whole")
-    assert (tmp_path / "file").read_bytes() == b"whole"
-    assert names(tmp_path) == ["file"]
+def test_what_a_killed_process_left_harms_nobody_and_is_found(tmp_path: Path) -> None:
+    left = temporary_of(tmp_path / "folder" / "file")
+    publish(tmp_path / "folder" / "file", b"whole")
+    left.write_bytes(b"half of it, and more than will be written")
+    publish(tmp_path / "folder" / "file", b"new")
+    assert (tmp_path / "folder" / "file").read_bytes() == b"new"
+    assert list(leftovers(tmp_path)) == [left]
+    assert is_temporary(left)
+    assert not is_temporary(tmp_path / "folder" / "file")
+
+
+def test_processes_that_publish_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    assert temporary_of(tmp_path / "file") != temporary_of(tmp_path / "file")
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
