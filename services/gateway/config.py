@@ -207,7 +207,12 @@ class ReindexConfig(_Section):
         default=30.0, ge=0, le=3600, description="time for a cancelled process to end by itself, seconds"
     )
     poll_seconds: float = Field(default=1.0, ge=0.02, le=60, description="how often jobs are looked at, seconds")
-    max_unfinished: int = Field(default=4, ge=1, le=1000, description="jobs that wait or run; more are refused")
+    max_unfinished: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="jobs that wait or run; more are refused. An index is built by one at a time",
+    )
     max_watchers: int = Field(default=64, ge=1, le=10_000, description="callers that watch at once; more are refused")
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ async def jobs_of(parts: Parts, root: Location) -> AsyncIterator[Jobs | None]:
     if config.config_file is None:
         yield None
         return
-    configuration = JobConfiguration(config.config_file, config.allowed_paths)
+    configuration = JobConfiguration(config.config_file, config.allowed_paths, root)
     configuration.check()
 
     def told(all_jobs: Totals) -> None:

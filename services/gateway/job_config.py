@@ -1,5 +1,9 @@
 """The configuration of a job: the operator's, changed in what a request may change.
 
+It is that of the reindex command: `index` is where the index is, and `build` what `trackstar index --config` takes.
+What a request appends follows everything that was appended before, by the operator or by jobs, because the parts of an
+index stay in their order; files that are in it already are not appended again.
+
 Contract: everything but the keys of `validate_jobs` stays as the operator wrote it: models, folders, devices and code
 that is run are never a caller's. Files that a request names lie below a folder or URL that the operator allows, as
 they are spelt; what links inside those folders lead to is the operator's matter.
@@ -13,7 +17,9 @@ from typing import Any
 
 import yaml
 
+from trackstar.blobs import Location
 from trackstar.errors import InvalidRequest, NotFound, TrackstarError
+from trackstar.runs import planned_corpora
 
 
 class JobConfiguration:
@@ -22,10 +28,12 @@ class JobConfiguration:
     Args:
         base: the operator's file; it is read for every job, so that it may change.
         allowed_paths: folders and URLs below which requests may name files.
+        root: the index.
     """
 
-    def __init__(self, base: Path, allowed_paths: Sequence[str]) -> None:
+    def __init__(self, base: Path, allowed_paths: Sequence[str], root: Location) -> None:
         self._base = base
+        self._root = root
         self._allowed = tuple(path.rstrip("/") for path in allowed_paths)
 
     def check(self) -> None:
@@ -33,7 +41,7 @@ class JobConfiguration:
 
         Raises:
             NotFound: there is none.
-            InvalidRequest: it is no mapping in YAML.
+            InvalidRequest: it is not YAML, or says not what to build.
         """
         self._read()
 
@@ -56,12 +64,30 @@ class JobConfiguration:
         except (NotFound, InvalidRequest) as error:
             # Not the caller's fault.
             raise TrackstarError(f"no job can be made now: {error}") from error
-        for key, value in spec.items():
-            if key in ("mix", "code"):
-                derived[key] = _over(derived.get(key), value)
-            else:
-                derived[key] = value
+        derived.setdefault("index", str(self._root))
+        build = derived["build"]
+        for key in ("mix", "code"):
+            if key in spec:
+                build[key] = _over(build.get(key), spec[key])
+        if "task_queries" in spec:
+            build["task_queries"] = spec["task_queries"]
+        if parts := self._appended(build, spec.get("append_paths", ())):
+            build["append"] = parts
+        # Whatever the operator wrote: a request decides these by leaving them out, too.
+        build |= {key: spec.get(key, False) for key in ("refit", "purge", "activate")}
         return yaml.safe_dump(derived, sort_keys=True, allow_unicode=True)
+
+    def _appended(self, build: Mapping[str, Any], paths: Sequence[str]) -> list[dict[str, Any]]:
+        """The corpora of all parts but the first."""
+        corpus = build["corpus"]
+        parts = [dict(part) for part in build.get("append") or ()]
+        for planned in planned_corpora(self._root / "rows")[1 + len(parts) :]:
+            planned.pop("fingerprint", None)
+            parts.append(planned)
+        known = {path for part in (corpus, *parts) for path in part["paths"]}
+        if new := [path for path in paths if path not in known]:
+            parts.append({**corpus, "paths": new})
+        return parts
 
     def _check_path(self, field: str, path: str) -> None:
         if not self._allowed:
@@ -78,8 +104,11 @@ class JobConfiguration:
             raise NotFound(f"there is no reindex configuration {str(self._base)!r}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{str(self._base)!r} is not YAML") from error
-        if not isinstance(content, dict):
-            raise InvalidRequest(f"{str(self._base)!r} must hold a mapping")
+        build = content.get("build") if isinstance(content, dict) else None
+        corpora = [build.get("corpus"), *(build.get("append") or ())] if isinstance(build, dict) else [None]
+        if not all(isinstance(corpus, dict) and isinstance(corpus.get("paths"), list) for corpus in corpora):
+            raise InvalidRequest(f"{str(self._base)!r} must say what to build: build.corpus.paths and more")
+        assert isinstance(content, dict), "a build is in a mapping"
         return content
 
 

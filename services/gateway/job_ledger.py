@@ -73,7 +73,7 @@ class JobLedger:
         runner: JobRunner,
         configuration: JobConfiguration,
         *,
-        max_unfinished: int = 4,
+        max_unfinished: int = 1,
         fresh_seconds: float = 1.0,
         clock: Callable[[], float] = time.time,
     ) -> None:

@@ -1,6 +1,6 @@
 """Requests for jobs as they may be: as `validate`, for `JobService`.
 
-What is asked becomes plain values under the names of the reindex configuration, with only what was given in it:
+What is asked becomes plain values with only what was given in it:
 
     {"append_paths": ["…"], "mix": {"kind": "task", "weight": 0.3, "damping": 0.1}, "code": {"kind": "bits"},
      "task_queries": "…", "refit": true, "purge": true, "activate": true}

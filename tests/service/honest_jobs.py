@@ -30,7 +30,15 @@ from tests.service.job_stand_in import COMMAND
 from trackstar.catalog import Catalog
 from trackstar.jobs import JobStore
 
-BASE = {"model": "the-operator-s", "mix": {"kind": "train", "damping": 0.1}, "code": {"kind": "prefix", "size": 16}}
+BASE: dict[str, Any] = {
+    "build": {
+        "corpus": {"paths": ["/data/first.jsonl"], "text_field": "words"},
+        "model": "the-operator-s",
+        "mix": {"kind": "train", "damping": 0.1},
+        "code": {"kind": "prefix", "size": 16},
+        "refit": True,
+    }
+}
 
 
 class InstantRunner:
@@ -53,7 +61,7 @@ def instant_jobs(root: Path) -> Jobs:
     """Jobs that end at once; nothing looks at them by itself."""
     base = root / "base.yaml"
     base.write_text(json.dumps(BASE))
-    configuration = JobConfiguration(base, ["/data/corpus"])
+    configuration = JobConfiguration(base, ["/data/corpus"], root)
     return Jobs(JobLedger(JobStore(root), InstantRunner(), configuration, max_unfinished=1000))
 
 
@@ -78,6 +86,7 @@ class GatewayProcess:
             "REINDEX__ENTRYPOINT": json.dumps(COMMAND),
             "REINDEX__ALLOWED_PATHS": '["/data/corpus"]',
             "REINDEX__POLL_SECONDS": "0.05",
+            "REINDEX__MAX_UNFINISHED": "4",
             "NOTICE_SECONDS": "0",
             "LOG_LEVEL": "warning",
         }

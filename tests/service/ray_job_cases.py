@@ -191,6 +191,7 @@ def test_a_gateway_s_jobs_run_on_ray(ray: RayHead, tmp_path: Path) -> None:
         "REINDEX__ENTRYPOINT": json.dumps(COMMAND),
         "REINDEX__ENVIRONMENT": json.dumps({"PYTHONPATH": str(_ROOT)}),
         "REINDEX__POLL_SECONDS": "0.2",
+        "REINDEX__MAX_UNFINISHED": "4",
     }
     gateway = GatewayProcess(tmp_path, {"pause_seconds": 0.3}, **settings)
     try:

@@ -49,14 +49,14 @@ class Place:
     """A ledger over such a cluster."""
 
     def __init__(self, root: Path) -> None:
-        (root / "base.yaml").write_text(json.dumps({"model": "m"}))
+        (root / "base.yaml").write_text(json.dumps({"build": {"corpus": {"paths": ["a"]}}}))
         self.root = root
         self.store = JobStore(root)
         self.cluster = Cluster()
         self.ledger = self.another()
 
     def another(self, fresh_seconds: float = 0.0) -> JobLedger:
-        configuration = JobConfiguration(self.root / "base.yaml", [])
+        configuration = JobConfiguration(self.root / "base.yaml", [], self.root)
         return JobLedger(
             self.store, self.cluster, configuration, fresh_seconds=fresh_seconds, clock=lambda: 100.0, max_unfinished=50
         )

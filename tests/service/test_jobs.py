@@ -125,12 +125,14 @@ def test_a_job_is_watched_to_its_end(place: Place) -> None:
         assert client.job(job.job_id) == last
         assert list(client.watch_job(job.job_id)) == [last]
     config = place.config(job.job_id)
-    assert config["model"] == "the-operator-s"
-    assert config["mix"] == {"kind": "task", "weight": 0.25, "damping": 0.5}
+    assert config["index"] == str(place.root)
+    build = config["build"]
+    assert build["model"] == "the-operator-s"
+    assert build["mix"] == {"kind": "task", "weight": 0.25, "damping": 0.5}
     # The operator's size is one of prefixes.
-    assert config["code"] == {"kind": "bits"}
-    assert (config["append_paths"], config["refit"], config["activate"]) == (["/data/corpus/new.jsonl"], True, True)
-    assert "purge" not in config
+    assert build["code"] == {"kind": "bits"}
+    assert build["append"] == [{"paths": ["/data/corpus/new.jsonl"], "text_field": "words"}]
+    assert (build["refit"], build["purge"], build["activate"]) == (True, False, True)
 
 
 def test_asyncio_and_pages(place: Place) -> None:
@@ -247,7 +249,9 @@ def test_a_gateway_that_dies_in_between_is_made_up_for(place: Place) -> None:
 def test_a_watch_outlives_the_gateway(place: Place) -> None:
     gateway = place.gateway({"wait": True})
     seen: list[JobInfo] = []
-    with Client(gateway.address, timeout_seconds=30, retry=RetryPolicy(first_seconds=0.05)) as client:
+    # More patient than a new process takes to start.
+    patient = RetryPolicy(attempts=100, first_seconds=0.05, longest_seconds=0.5)
+    with Client(gateway.address, timeout_seconds=30, retry=patient) as client:
         job = client.create_reindex_job("r")
         running(client, job.job_id)
         watching = threading.Thread(target=lambda: seen.extend(client.watch_job(job.job_id)))

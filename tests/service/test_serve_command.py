@@ -57,7 +57,7 @@ def served(
     index = demo_index.build(root, store=store, kind=kind)
     expected = {name: traces(index, name) for name in (Index(index).active(), demo_index.other_generation(index))}
     base = root / "reindex.yaml"
-    base.write_text("{steps: 2}")
+    base.write_text("{steps: 2, build: {corpus: {paths: [a]}}}")
     jobs = {
         "REINDEX__CONFIG_FILE": str(base),
         "REINDEX__ENTRYPOINT": yaml.safe_dump(list(COMMAND)),

@@ -245,7 +245,9 @@ class ReindexSpec(_message.Message):
     """Whether the generation is to answer once it has passed its audit."""
     @_builtins.property
     def append_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Files or folders that are added to the corpus; each below a folder that the operator allows."""
+        """Files or folders that are added to the corpus; each below a folder that the operator allows. What is in it already is
+        not added again.
+        """
 
     @_builtins.property
     def mix(self) -> Global___ReindexMix:
