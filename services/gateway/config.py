@@ -202,7 +202,7 @@ class ReindexConfig(_Section):
         description="words of the command that a job runs, with its configuration and its id filled in",
     )
     environment: dict[str, str] = Field(default={}, description="environment variables of a job, besides the usual")
-    timeout_seconds: float = Field(default=10.0, gt=0, le=300, description="of one request to Ray, seconds")
+    timeout_seconds: float = Field(default=30.0, gt=0, le=300, description="of one request to Ray, seconds")
     stop_seconds: float = Field(
         default=30.0, ge=0, le=3600, description="time for a cancelled process to end by itself, seconds"
     )

@@ -52,7 +52,7 @@ class RayJobRunner:
         token_file: Path | None = None,
         ca_file: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        timeout_seconds: float = 10.0,
+        timeout_seconds: float = 30.0,
     ) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:

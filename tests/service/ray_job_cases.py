@@ -124,7 +124,9 @@ def _until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 def _runner(ray: RayHead, *command: str, **options: Any) -> RayJobRunner:
-    return RayJobRunner(ray.address, command=command, **{"token_file": ray.token_file, **options})
+    return RayJobRunner(
+        ray.address, command=command, **{"token_file": ray.token_file, "timeout_seconds": 60.0, **options}
+    )
 
 
 def _ended(runner: RayJobRunner, job_id: str) -> Run:
@@ -191,6 +193,7 @@ def test_a_gateway_s_jobs_run_on_ray(ray: RayHead, tmp_path: Path) -> None:
         "REINDEX__ENTRYPOINT": json.dumps(COMMAND),
         "REINDEX__ENVIRONMENT": json.dumps({"PYTHONPATH": str(_ROOT)}),
         "REINDEX__POLL_SECONDS": "0.2",
+        "REINDEX__TIMEOUT_SECONDS": "60",
         "REINDEX__MAX_UNFINISHED": "4",
     }
     gateway = GatewayProcess(tmp_path, {"pause_seconds": 0.3}, **settings)
