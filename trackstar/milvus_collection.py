@@ -65,12 +65,69 @@ def create_collection(
 
 
 def drop(link: MilvusLink, collection: str, *, timeout_seconds: float | None = None) -> None:
-    """Delete a collection with all its codes; one that is not there is as good."""
+    """Delete a collection with all its codes; one that is not there is as good.
+
+    Raises:
+        InvalidRequest: an alias points to it; 2.3.5 would delete it all the same and leave the alias pointing nowhere.
+        NotReady: the server is down.
+    """
     check_name(collection)
-    request = milvus_pb2.DropCollectionRequest(collection_name=collection)
     deadline = link.deadline(timeout_seconds)
-    if describe(link, collection, deadline) is not None:
-        link.call("DropCollection", request, deadline, patient=True)
+    found = _description(link, collection, deadline)
+    if found is None:
+        return
+    if found.aliases:
+        raise InvalidRequest(
+            f"the collection {collection!r} of {link.name} is what the alias {found.aliases[0]!r} points to; point it "
+            "to another one before this one is deleted"
+        )
+    link.call("DropCollection", milvus_pb2.DropCollectionRequest(collection_name=collection), deadline, patient=True)
+
+
+def collections(link: MilvusLink, prefix: str = "", *, timeout_seconds: float | None = None) -> list[str]:
+    """Names of the collections that begin with `prefix`, sorted; loaded or not, and whoever made them.
+
+    Raises:
+        NotReady: the server is down.
+    """
+    answer = link.call("ShowCollections", milvus_pb2.ShowCollectionsRequest(), link.deadline(timeout_seconds))
+    return sorted(name for name in answer.collection_names if name.startswith(prefix))
+
+
+def identity(link: MilvusLink, collection: str, deadline: float) -> int:
+    """The server's number of a collection, which another one of the same name does not have.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = _description(link, collection, deadline)
+    if found is None:
+        raise NotFound(f"{link.name} has no collection {collection!r}; import the generation's codes first")
+    return int(found.collectionID)
+
+
+def check_fits(link: MilvusLink, kind: CodeKind, size: int, *, timeout_seconds: float | None = None) -> None:
+    """Raise Incompatible, naming both sizes, unless the server takes codes of that size; it is asked, not assumed.
+
+    Raises:
+        Incompatible: it does not.
+        NotReady: the server is down.
+    """
+    name = f"trackstar_probe_{secrets.token_hex(8)}"
+    try:
+        create_collection(link, name, kind, size, link.deadline(timeout_seconds))
+    except Incompatible as error:
+        largest, unit = (
+            largest_code(link, kind, timeout_seconds=timeout_seconds),
+            "bits" if kind == "bits" else "floats",
+        )
+        if largest >= size:
+            raise
+        raise Incompatible(
+            f"{link.name} takes codes of up to {largest:,} {unit}, not {size:,}; build the generation with a smaller "
+            "code, or use a newer server"
+        ) from error
+    drop(link, name)
 
 
 def largest_code(link: MilvusLink, kind: CodeKind, *, timeout_seconds: float | None = None) -> int:
@@ -94,13 +151,11 @@ def largest_code(link: MilvusLink, kind: CodeKind, *, timeout_seconds: float | N
 
 def describe(link: MilvusLink, collection: str, deadline: float) -> dict[str, Any] | None:
     """What the collection's codes are; None if there is none, and nothing in it if it is not one of ours."""
-    request = milvus_pb2.DescribeCollectionRequest(collection_name=collection)
-    try:
-        schema = link.call("DescribeCollection", request, deadline).schema
-    except NotFound:
+    answer = _description(link, collection, deadline)
+    if answer is None:
         return None
     try:
-        found = json.loads(schema.description)["trackstar"]
+        found = json.loads(answer.schema.description)["trackstar"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -122,3 +177,12 @@ def check_name(collection: str) -> None:
     """Raise InvalidRequest unless a collection can have that name."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", collection):
         raise InvalidRequest(f"{collection!r} is no name of a collection; use letters, digits and underscores")
+
+
+def _description(link: MilvusLink, collection: str, deadline: float) -> Any:
+    """What the server says of a collection; None if there is none."""
+    request = milvus_pb2.DescribeCollectionRequest(collection_name=collection)
+    try:
+        return link.call("DescribeCollection", request, deadline)
+    except NotFound:
+        return None

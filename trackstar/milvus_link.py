@@ -39,7 +39,7 @@ RetryReason = Literal["unavailable", "timeout", "not_ready", "overloaded"]
 _TELLING_SECONDS = 1.0
 _RECONNECT_MILLISECONDS = 500
 # Codes of Milvus's own errors (its package merr).
-_COLLECTION_NOT_FOUND, _COLLECTION_NOT_LOADED, _INDEX_NOT_FOUND = 100, 101, 700
+_COLLECTION_NOT_FOUND, _COLLECTION_NOT_LOADED, _INDEX_NOT_FOUND, _ALIAS_NOT_FOUND = 100, 101, 700, 1600
 _STARTING = {1, 2, 103, 106, *range(400, 402), *range(500, 504), *range(600, 604), *range(901, 906)}
 _ASKED_TOO_MUCH = {3, 4, 8, 11}
 _FULL = {7}
@@ -126,6 +126,10 @@ class NoSuchIndex(NotFound):
     """The collection has no index to load it by."""
 
 
+class NoSuchAlias(NotFound):
+    """The server has no alias of that name."""
+
+
 class MilvusLink:
     """One connection to a Milvus server, shared by everything that speaks to it. Safe to use from several threads.
 
@@ -187,14 +191,17 @@ class MilvusLink:
         answer = self.call("GetVersion", milvus_pb2.GetVersionRequest(), self.deadline(timeout_seconds))
         return str(answer.version)
 
-    def call(self, method: str, request: Any, deadline: float, *, patient: bool = False) -> Any:
+    def call(
+        self, method: str, request: Any, deadline: float, *, patient: bool = False, repeatable: bool = True
+    ) -> Any:
         """The server's answer, whose status is success.
 
         Args:
-            method: of the MilvusService, one that may be repeated.
+            method: of the MilvusService.
             request: its message.
             deadline: time of the clock by which the call ends; see `deadline`.
             patient: wait while the server is down; for work that nobody waits for.
+            repeatable: whether doing it twice is as good; if not, an attempt without an answer is the last one.
 
         Raises:
             NotReady: no answer by the deadline, or the server is down, or it refuses the credentials.
@@ -216,7 +223,8 @@ class MilvusLink:
                 failure, wait = _Passing("unavailable", error), min(error.retry_seconds, self.policy.max_pause_seconds)
             except _Passing as passing:
                 attempts += passing.reason != "not_ready"
-                if attempts >= self.policy.max_attempts and not patient:
+                is_unclear = passing.reason in ("unavailable", "timeout") and not repeatable
+                if is_unclear or (attempts >= self.policy.max_attempts and not patient):
                     raise passing.error from passing.__cause__
                 failure, wait = passing, pause * (1 - self._random() / 2)
                 pause = min(2 * pause, self.policy.max_pause_seconds)
@@ -284,6 +292,8 @@ class MilvusLink:
             return NotLoaded(said)
         if code == _INDEX_NOT_FOUND or status.error_code == common_pb2.IndexNotExist:
             return NoSuchIndex(said)
+        if code == _ALIAS_NOT_FOUND:
+            return NoSuchAlias(said)
         if code in _FULL:
             return StorageFull(f"{said}; free some space on the server")
         if code in _ASKED_TOO_MUCH or status.error_code == common_pb2.RateLimit:

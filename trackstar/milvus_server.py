@@ -30,7 +30,7 @@ from pymilvus.grpc_gen import common_pb2, milvus_pb2, schema_pb2
 from trackstar.coarse import check_codes, check_ids, check_limit
 from trackstar.codes import CodeSpec, check_size, padded_dim
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
-from trackstar.milvus_collection import CODE, ID, check_name, create_collection, describe, pairs, words
+from trackstar.milvus_collection import CODE, ID, check_fits, check_name, create_collection, describe, pairs, words
 from trackstar.milvus_link import MilvusLink, NoSuchIndex, NotLoaded
 
 # What a server answers per query at most.
@@ -40,6 +40,7 @@ MAX_CANDIDATES = 16_384
 _BATCH_BYTES = 8 << 20
 # Candidates per request; each takes some twelve bytes of the answer.
 _MAX_HITS = 1 << 18
+_MAX_DELETIONS = 10_000
 _POLL_SECONDS = 0.1
 
 
@@ -59,6 +60,8 @@ class MilvusServerIndex:
         self._cosine_of = np.cos(angles).astype(np.float32) if spec.kind == "bits" else None
         # Hybrid time of the last write of this object; 0 before the first.
         self._written = 0
+        # Whether it deleted something after that: of deletions, 2.3.5 tells no time.
+        self._deleted = False
         self._is_loaded = False
         self._closed = False
 
@@ -85,7 +88,7 @@ class MilvusServerIndex:
 
         Raises:
             InvalidRequest: there is one of that name, or vectors of that dimension have no such code.
-            Incompatible: the server takes no codes of that size.
+            Incompatible: the server takes no codes of that size; the message names the largest it takes.
             NotReady: the server is down.
         """
         check_name(collection)
@@ -95,15 +98,26 @@ class MilvusServerIndex:
             raise InvalidRequest(f"{link.name} has a collection {collection!r} already; open it, or drop it")
         index = cls(link, collection, spec=spec, dim=dim)
         note = {**asdict(spec), "dim": dim}
-        create_collection(link, collection, spec.kind, spec.size, deadline, note=note, num_shards=num_shards)
+        try:
+            create_collection(link, collection, spec.kind, spec.size, deadline, note=note, num_shards=num_shards)
+        except Incompatible:
+            check_fits(link, spec.kind, spec.size)
+            raise
         index._index(deadline)
         return index
 
     @classmethod
     def open(
-        cls, link: MilvusLink, collection: str, *, spec: CodeSpec, dim: int, timeout_seconds: float | None = None
+        cls,
+        link: MilvusLink,
+        collection: str,
+        *,
+        spec: CodeSpec,
+        dim: int,
+        load: bool = True,
+        timeout_seconds: float | None = None,
     ) -> MilvusServerIndex:
-        """Open a collection that was made for the same `spec` and `dim`, and load it.
+        """Open a collection that was made for the same `spec` and `dim`, and load it, or leave that to its first use.
 
         Raises:
             NotFound: there is none.
@@ -122,7 +136,8 @@ class MilvusServerIndex:
                 "generation's codes again under another name"
             )
         index = cls(link, collection, spec=spec, dim=dim)
-        index._load(deadline)
+        if load:
+            index._load(deadline)
         return index
 
     def add(self, passage_ids: NDArray[np.int64], codes: NDArray[Any], *, timeout_seconds: float | None = None) -> None:
@@ -151,6 +166,25 @@ class MilvusServerIndex:
             )
             answer = self._link.call("Upsert", request, self._link.deadline(timeout_seconds), patient=True)
             self._written = max(self._written, answer.timestamp)
+            self._deleted = False
+
+    def delete(self, passage_ids: NDArray[np.int64], *, timeout_seconds: float | None = None) -> None:
+        """Remove the codes of int64 [N] ids; those of which there are none are as good.
+
+        It waits while the server is down, for up to `timeout_seconds` for every 10,000 ids; an interrupted call may
+        have removed some.
+
+        Raises:
+            InvalidRequest: no such ids, or one twice.
+            NotReady: the server is down.
+        """
+        self._check_open()
+        check_ids(passage_ids, len(passage_ids))
+        for start in range(0, len(passage_ids), _MAX_DELETIONS):
+            ids = passage_ids[start : start + _MAX_DELETIONS].tolist()
+            request = milvus_pb2.DeleteRequest(collection_name=self.collection, expr=f"{ID} in {ids}")
+            self._link.call("Delete", request, self._link.deadline(timeout_seconds), patient=True)
+            self._deleted = True
 
     def search(
         self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
@@ -201,6 +235,17 @@ class MilvusServerIndex:
         while not self._link.call("GetFlushState", state, deadline, patient=True).flushed:
             self._link.pause(_POLL_SECONDS, deadline, f"writing out {self.collection!r}")
 
+    def load(self, *, timeout_seconds: float | None = None) -> None:
+        """Have the server take the collection into memory, where it is not.
+
+        Raises:
+            NotFound: there is no such collection.
+            NotReady: it takes longer; it goes on.
+        """
+        self._check_open()
+        self._is_loaded = False
+        self._load(self._link.deadline(timeout_seconds))
+
     def close(self) -> None:
         """See `CoarseIndex.close`."""
         self._closed = True
@@ -223,6 +268,8 @@ class MilvusServerIndex:
         return schema_pb2.VectorField(dim=self._spec.size, float_vector=_floats(codes))
 
     def _consistency(self) -> dict[str, Any]:
+        if self._deleted:
+            return {"consistency_level": common_pb2.Strong, "use_default_consistency": False}
         level = common_pb2.Session if self._written else common_pb2.Bounded
         return {"consistency_level": level, "guarantee_timestamp": self._written, "use_default_consistency": False}
 

@@ -18,9 +18,9 @@ from pymilvus.grpc_gen import milvus_pb2
 from tests.milvus_process import MilvusProcess
 from trackstar.breaker import BreakerState, CircuitBreaker
 from trackstar.coarse import MemoryIndex
-from trackstar.codes import CodeSpec
+from trackstar.codes import CodeKind, CodeSpec
 from trackstar.errors import Incompatible, InvalidRequest, NotFound, NotReady
-from trackstar.milvus_collection import drop, largest_code
+from trackstar.milvus_collection import check_fits, collections, drop, largest_code
 from trackstar.milvus_link import MilvusAccess, MilvusLink, RetryPolicy
 from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
 
@@ -116,9 +116,15 @@ def test_what_is_not_there_or_not_ours_is_refused(link: MilvusLink) -> None:
 def test_a_server_is_asked_what_it_can_hold(link: MilvusLink) -> None:
     assert link.version().startswith("v2.3.5")
     # Of this version.
+    kind: CodeKind
     assert largest_code(link, "bits") == largest_code(link, "prefix") == 32_768
-    with pytest.raises(Incompatible, match="1 ~ 32768"):
-        MilvusServerIndex.create(link, "large", spec=replace(BITS, size=65_536), dim=65_536)
+    for kind, unit in (("bits", "bits"), ("prefix", "floats")):
+        with pytest.raises(Incompatible, match=f"takes codes of up to 32,768 {unit}, not 65,536; build"):
+            check_fits(link, kind, 65_536)
+        with pytest.raises(Incompatible, match=f"takes codes of up to 32,768 {unit}, not 65,536; build"):
+            MilvusServerIndex.create(link, "large", spec=CodeSpec(kind=kind, size=65_536, seed=0), dim=65_536)
+        check_fits(link, kind, 32_768)
+    assert collections(link, "trackstar_probe_") == []
     with pytest.raises(NotFound):
         MilvusServerIndex.open(link, "large", spec=replace(BITS, size=65_536), dim=65_536)
 
@@ -137,6 +143,28 @@ def test_other_credentials_are_refused_and_not_shown(milvus: MilvusProcess) -> N
     token = f"{milvus.access.user}:{milvus.access.password}"
     with MilvusLink(replace(milvus.access, user="", password="", token=token)) as link:
         assert link.version()
+
+
+def test_what_is_deleted_is_not_found_again(link: MilvusLink) -> None:
+    codes = codes_of(30_000, seed=7)
+    index = MilvusServerIndex.create(link, "thinned", spec=BITS, dim=DIM)
+    index.add(np.arange(len(codes)), codes)
+    # In several requests, and some twice or not there.
+    gone = np.arange(0, 50_000, 2)
+    index.delete(gone)
+    # At once, by this index and by count.
+    assert not np.isin(index.search(codes[:4], 1000)[0], gone).any()
+    assert index.count() == 15_000
+    index.delete(gone[:3])
+    index.delete(gone[:0])
+    assert index.count() == 15_000
+    # What is added again is there again.
+    index.add(gone[:5], codes[gone[:5]])
+    assert index.search(codes[4:5], 1)[0].tolist() == [[4]]
+    assert index.count() == 15_005
+    with pytest.raises(InvalidRequest, match="twice"):
+        index.delete(np.array([1, 1]))
+    drop(link, "thinned")
 
 
 def test_a_released_collection_is_loaded_again(full: MilvusServerIndex, memory: MemoryIndex, link: MilvusLink) -> None:
