@@ -8,8 +8,9 @@
     <index>/jobs/<job_id>/ended.json       how it ended
 
 Contract: spec and config appear together or not at all, and never change; nor do submitted, cancelled and ended, of
-which the first counts. progress is replaced whole. Nothing is remembered between calls, so that any process may ask at
-any time. Times are unix seconds and come from the caller. Starts nothing and needs neither torch nor Ray.
+which the first counts. progress is replaced whole. In an object store, which has no exclusive writes here, that holds
+as long as one gateway at a time says so. Nothing is remembered between calls, so that any process may ask at any time.
+Times are unix seconds and come from the caller. Starts nothing and needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from trackstar.blobs import Location, local
+from trackstar.blobs import Location, RemotePath
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
 from trackstar.storage import publish, publish_json, read_json
 
@@ -104,7 +104,7 @@ class JobStore:
     """The jobs of an index.
 
     Args:
-        root: folder of the index; reading works in an object store too.
+        root: of the index, a folder or in an object store.
     """
 
     def __init__(self, root: Location) -> None:
@@ -133,7 +133,7 @@ class JobStore:
         Raises:
             InvalidRequest: the id names a job that asks for something else, or cannot name one.
         """
-        home = local(self.home(job_id))
+        home = self.home(job_id)
         wanted = JobSpec(
             job_id=job_id, asked=dict(spec), request_id=request_id, caller=caller, created_seconds=created_seconds
         )
@@ -187,7 +187,7 @@ class JobStore:
         """Say how far a job is; only the job itself does."""
         if progress.shards.keys() != set(SHARD_STATES):
             raise InvalidRequest(f"shards are counted as {', '.join(SHARD_STATES)}, not {', '.join(progress.shards)}")
-        publish_json(local(self.home(progress.job_id)) / "progress.json", asdict(progress))
+        publish_json(self.home(progress.job_id) / "progress.json", asdict(progress))
 
     def submitted(self, job_id: str) -> bool:
         """Whether the job was handed to what runs it."""
@@ -223,8 +223,12 @@ class JobStore:
             raise CorruptArtifact(f"{str(path)!r} is not the record of a job") from error
 
     def _once(self, job_id: str, name: str, content: Any) -> None:
+        path = self.home(job_id) / name
+        if isinstance(path, RemotePath):
+            if not path.is_file():
+                publish_json(path, content)
+            return
         # Several gateways may say the same at once; under a name of its own none is in another's way.
-        path = local(self.home(job_id)) / name
         own = path.with_name(f".{name}.{secrets.token_hex(4)}")
         publish_json(own, content)
         try:
@@ -237,8 +241,13 @@ class JobStore:
         own.unlink(missing_ok=True)
 
 
-def _appears(home: Path, spec: JobSpec, config: str) -> bool:
+def _appears(home: Location, spec: JobSpec, config: str) -> bool:
     """Make the folder of a job with both files at once; False if there is one already."""
+    if isinstance(home, RemotePath):
+        # There is a job once there is its spec.
+        publish(home / "config.yaml", config.encode())
+        publish_json(home / "spec.json", asdict(spec))
+        return True
     own = home.with_name(f".{home.name}.{secrets.token_hex(4)}")
     publish(own / "config.yaml", config.encode())
     publish_json(own / "spec.json", asdict(spec))
