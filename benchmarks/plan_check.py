@@ -36,7 +36,7 @@ from trackstar.build import build_index, make_config
 from trackstar.codes import CodeSpec, Rotation, encode_codes
 from trackstar.costs import Assumptions, Workload, costs
 from trackstar.encode import Example
-from trackstar.hessian import Autocorrelation, AutocorrelationBuilder, Whitener
+from trackstar.hessian import Whitener, autocorrelation
 from trackstar.index import Index
 from trackstar.milvus_link import MilvusLink
 from trackstar.milvus_server import MilvusServerIndex
@@ -276,16 +276,10 @@ def _turns(index: Index, loaded: LoadedModel, examples: Sequence[Example]) -> di
         TRAIN: make_contestant(Path(), settings, tokens, bare, TRAIN),
         FLOOR: make_contestant(Path(), settings, tokens, bare, FLOOR),
         "encoding": lambda: encoder.encode(examples),
-        "statistics": lambda: _statistics(batch, index),
+        "statistics": lambda: autocorrelation([batch], index.layout),
         "eigenvectors": lambda: Whitener.fit(correlation, layout, damping=0.1),
         "coding": code,
     }
-
-
-def _statistics(batch: torch.Tensor, index: Index) -> Autocorrelation:
-    builder = AutocorrelationBuilder(index.layout)
-    builder.add(batch)
-    return builder.finish()
 
 
 def _flop(run: Callable[[], object]) -> float:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, TypeVar, Unpack
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Unpack
 
 import grpc
 
 from trackstar import client_messages as messages
-from trackstar.client_connection import OPTIONS, Connection, ConnectionOptions
+from trackstar.client_connection import ConnectionOptions
+from trackstar.client_jobs import AsyncJobCalls, JobCalls
 from trackstar.client_types import (
     Answer,
     Filter,
@@ -36,10 +37,8 @@ from trackstar.client_types import (
 from trackstar.rpc_errors import from_call
 from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
 
-Response = TypeVar("Response")
 
-
-class Client(Connection):
+class Client(JobCalls):
     """Blocking client; may be used from several threads.
 
     Args:
@@ -52,11 +51,6 @@ class Client(Connection):
 
     def __init__(self, address: str, **options: Unpack[ConnectionOptions]) -> None:
         super().__init__(address, **options)
-        self._channel = (
-            grpc.insecure_channel(address, options=OPTIONS)
-            if self._credentials is None
-            else grpc.secure_channel(address, self._credentials, options=OPTIONS)
-        )
         self._traces = trace_pb2_grpc.TraceServiceStub(self._channel)
         self._generations = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
@@ -65,10 +59,6 @@ class Client(Connection):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Close the connection; calls that run fail."""
-        self._channel.close()
 
     def trace(
         self,
@@ -200,32 +190,15 @@ class Client(Connection):
         response = self._call(self._generations.Activate, generation_pb2.ActivateRequest(name=name), timeout_seconds)
         return messages.to_generation(response.generation), response.previous
 
-    def _call(self, method: Callable[..., Response], request: object, timeout_seconds: float | None) -> Response:
-        attempts = self._attempts(timeout_seconds)
-        while True:
-            try:
-                return method(request, timeout=attempts.seconds_left(), metadata=self._metadata)
-            except grpc.RpcError as error:
-                time.sleep(attempts.pause_after(error))
 
-
-class AsyncClient(Connection):
+class AsyncClient(AsyncJobCalls):
     """Client for asyncio; used in one event loop. See `Client` for its arguments and for what its methods do."""
-
-    def __init__(self, address: str, **options: Unpack[ConnectionOptions]) -> None:
-        super().__init__(address, **options)
-        self._opened: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def close(self) -> None:
-        """See `Client.close`."""
-        if self._opened is not None:
-            await self._opened.close()
 
     async def trace(
         self,
@@ -343,28 +316,9 @@ class AsyncClient(Connection):
         return messages.to_generation(response.generation), response.previous
 
     @property
-    def _channel(self) -> grpc.aio.Channel:
-        # Made at first use, because it belongs to the event loop that runs then.
-        if self._opened is None:
-            self._opened = (
-                grpc.aio.insecure_channel(self.address, options=OPTIONS)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self.address, self._credentials, options=OPTIONS)
-            )
-        return self._opened
-
-    @property
     def _traces(self) -> trace_pb2_grpc.TraceServiceAsyncStub:
         return trace_pb2_grpc.TraceServiceStub(self._channel)
 
     @property
     def _generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         return generation_pb2_grpc.GenerationServiceStub(self._channel)
-
-    async def _call(self, method: Any, request: object, timeout_seconds: float | None) -> Any:
-        attempts = self._attempts(timeout_seconds)
-        while True:
-            try:
-                return await method(request, timeout=attempts.seconds_left(), metadata=self._metadata)
-            except grpc.RpcError as error:
-                await asyncio.sleep(attempts.pause_after(error))

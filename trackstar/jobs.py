@@ -7,9 +7,10 @@
     <index>/jobs/<job_id>/cancelled.json   somebody wants it to end
     <index>/jobs/<job_id>/ended.json       how it ended
 
-Contract: spec and config appear together or not at all and never change; so does how a job ended. Everything else is
-replaced whole. Nothing is remembered between calls, so that any process may ask at any time. Times are unix seconds
-and come from the caller. Starts nothing and needs neither torch nor Ray.
+Contract: spec and config appear together or not at all, and never change; nor do submitted, cancelled and ended, of
+which the first counts. progress is replaced whole. In an object store, which has no exclusive writes here, that holds
+as long as one gateway at a time says so. Nothing is remembered between calls, so that any process may ask at any time.
+Times are unix seconds and come from the caller. Starts nothing and needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from trackstar.blobs import Location, local
+from trackstar.blobs import Location, RemotePath
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
 from trackstar.storage import publish, publish_json, read_json
 
@@ -41,6 +41,11 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 def job_id_of(request_id: str) -> str:
     """The id of the job that a request asks for; the same request, the same job."""
     return f"job-{hashlib.sha256(request_id.encode()).hexdigest()[:12]}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` can name a job."""
+    return _ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +104,7 @@ class JobStore:
     """The jobs of an index.
 
     Args:
-        root: folder of the index; reading works in an object store too.
+        root: of the index, a folder or in an object store.
     """
 
     def __init__(self, root: Location) -> None:
@@ -128,7 +133,7 @@ class JobStore:
         Raises:
             InvalidRequest: the id names a job that asks for something else, or cannot name one.
         """
-        home = local(self.home(job_id))
+        home = self.home(job_id)
         wanted = JobSpec(
             job_id=job_id, asked=dict(spec), request_id=request_id, caller=caller, created_seconds=created_seconds
         )
@@ -146,7 +151,7 @@ class JobStore:
         Raises:
             InvalidRequest: the id cannot name a job.
         """
-        if not _ID.fullmatch(job_id):
+        if not is_job_id(job_id):
             raise InvalidRequest(f"{job_id[:40]!r} cannot name a job", field="job_id")
         return self._jobs / job_id
 
@@ -156,7 +161,7 @@ class JobStore:
 
     def list(self) -> list[str]:
         """Ids of all jobs, sorted."""
-        return sorted(path.parent.name for path in self._jobs.glob("*/spec.json") if _ID.fullmatch(path.parent.name))
+        return sorted(path.parent.name for path in self._jobs.glob("*/spec.json") if is_job_id(path.parent.name))
 
     def spec(self, job_id: str) -> JobSpec:
         """What was asked.
@@ -182,7 +187,7 @@ class JobStore:
         """Say how far a job is; only the job itself does."""
         if progress.shards.keys() != set(SHARD_STATES):
             raise InvalidRequest(f"shards are counted as {', '.join(SHARD_STATES)}, not {', '.join(progress.shards)}")
-        publish_json(local(self.home(progress.job_id)) / "progress.json", asdict(progress))
+        publish_json(self.home(progress.job_id) / "progress.json", asdict(progress))
 
     def submitted(self, job_id: str) -> bool:
         """Whether the job was handed to what runs it."""
@@ -190,7 +195,7 @@ class JobStore:
 
     def write_submitted(self, job_id: str, now_seconds: float) -> None:
         """The job was handed to what runs it."""
-        self._replace(job_id, "submitted.json", {"submitted_seconds": now_seconds})
+        self._once(job_id, "submitted.json", {"submitted_seconds": now_seconds})
 
     def cancelled(self, job_id: str) -> bool:
         """Whether somebody wants the job to end."""
@@ -198,7 +203,7 @@ class JobStore:
 
     def write_cancelled(self, job_id: str, caller: str, now_seconds: float) -> None:
         """`caller` wants the job to end."""
-        self._replace(job_id, "cancelled.json", {"caller": caller, "cancelled_seconds": now_seconds})
+        self._once(job_id, "cancelled.json", {"caller": caller, "cancelled_seconds": now_seconds})
 
     def end(self, job_id: str) -> JobEnd | None:
         """How the job ended; None before."""
@@ -206,8 +211,7 @@ class JobStore:
 
     def write_end(self, job_id: str, end: JobEnd) -> None:
         """The job has ended; the first to say so is believed."""
-        if not (self.home(job_id) / "ended.json").is_file():
-            self._replace(job_id, "ended.json", asdict(end))
+        self._once(job_id, "ended.json", asdict(end))
 
     def _read(self, job_id: str, name: str, kind: TypeAdapter[Record]) -> Record | None:
         path = self.home(job_id) / name
@@ -218,16 +222,32 @@ class JobStore:
         except ValidationError as error:
             raise CorruptArtifact(f"{str(path)!r} is not the record of a job") from error
 
-    def _replace(self, job_id: str, name: str, content: Any) -> None:
+    def _once(self, job_id: str, name: str, content: Any) -> None:
+        path = self.home(job_id) / name
+        if isinstance(path, RemotePath):
+            if not path.is_file():
+                publish_json(path, content)
+            return
         # Several gateways may say the same at once; under a name of its own none is in another's way.
-        path = local(self.home(job_id)) / name
         own = path.with_name(f".{name}.{secrets.token_hex(4)}")
         publish_json(own, content)
-        own.replace(path)
+        try:
+            path.hardlink_to(own)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A file system without links; there the last one at once is believed.
+            own.replace(path)
+        own.unlink(missing_ok=True)
 
 
-def _appears(home: Path, spec: JobSpec, config: str) -> bool:
+def _appears(home: Location, spec: JobSpec, config: str) -> bool:
     """Make the folder of a job with both files at once; False if there is one already."""
+    if isinstance(home, RemotePath):
+        # There is a job once there is its spec.
+        publish(home / "config.yaml", config.encode())
+        publish_json(home / "spec.json", asdict(spec))
+        return True
     own = home.with_name(f".{home.name}.{secrets.token_hex(4)}")
     publish(own / "config.yaml", config.encode())
     publish_json(own / "spec.json", asdict(spec))

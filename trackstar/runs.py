@@ -259,6 +259,23 @@ def load_plan(folder: Location, part: int) -> Plan | None:
         raise CorruptArtifact(f"{str(path)!r} cannot be read; delete it and give the same command again") from error
 
 
+def planned_corpora(folder: Location) -> list[dict[str, Any]]:
+    """What the parts 0, 1, … of the `rows` folder are made of: settings and fingerprints of corpora, as planned.
+
+    Raises:
+        CorruptArtifact: a plan cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    while True:
+        path = _plan_path(folder, len(found))
+        try:
+            found.append(dict(read_json(path)["corpus"]))
+        except NotFound:
+            return found
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptArtifact(f"{str(path)!r} cannot be read; delete it and give the same command again") from error
+
+
 class RunReader:
     """Reads the passages of runs, going on where it stands if a run begins there.
 

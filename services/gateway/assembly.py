@@ -14,16 +14,19 @@ from services.gateway.command import Parts, Served
 from services.gateway.generation_service import GenerationService
 from services.gateway.generations import Generations, Pointer
 from services.gateway.health import Probe
+from services.gateway.job_assembly import jobs_of
+from services.gateway.job_service import JobService
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import Service
 from services.gateway.trace_service import TraceService
 from trackstar.audit_record import read_audit
 from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex
-from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
+from trackstar.v1 import generation_pb2, generation_pb2_grpc, job_pb2, job_pb2_grpc, trace_pb2, trace_pb2_grpc
 
 _TRACES = trace_pb2.DESCRIPTOR.services_by_name["TraceService"]
 _GENERATIONS = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+_JOBS = job_pb2.DESCRIPTOR.services_by_name["JobService"]
 
 
 @asynccontextmanager
@@ -59,21 +62,30 @@ async def serving(
     )
     await generations.start()
     try:
-        yield Served(
-            services=[
-                Service(
-                    add=trace_pb2_grpc.add_TraceServiceServicer_to_server,
-                    servicer=TraceService(generations, encoder, reranker, observer=_Observer(parts)),
-                    descriptor=_TRACES,
-                ),
-                Service(
-                    add=generation_pb2_grpc.add_GenerationServiceServicer_to_server,
-                    servicer=GenerationService(generations),
-                    descriptor=_GENERATIONS,
-                ),
-            ],
-            probes=[Probe(name="active generation", check=generations.ready, services=(_TRACES.full_name,)), *probes],
-        )
+        async with jobs_of(parts, catalog.root) as jobs:
+            yield Served(
+                services=[
+                    Service(
+                        add=trace_pb2_grpc.add_TraceServiceServicer_to_server,
+                        servicer=TraceService(generations, encoder, reranker, observer=_Observer(parts)),
+                        descriptor=_TRACES,
+                    ),
+                    Service(
+                        add=generation_pb2_grpc.add_GenerationServiceServicer_to_server,
+                        servicer=GenerationService(generations),
+                        descriptor=_GENERATIONS,
+                    ),
+                    Service(
+                        add=job_pb2_grpc.add_JobServiceServicer_to_server,
+                        servicer=JobService(jobs),
+                        descriptor=_JOBS,
+                    ),
+                ],
+                probes=[
+                    Probe(name="active generation", check=generations.ready, services=(_TRACES.full_name,)),
+                    *probes,
+                ],
+            )
     finally:
         await generations.close()
 

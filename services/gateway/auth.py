@@ -6,6 +6,7 @@
         certificates: ["spiffe://prod/search"] # or any of these names of a client certificate (SAN, else CN)
         generations: ["prod-*"]                # shell patterns; all if left out
         may_activate: false
+        may_reindex: false                     # start, see and end jobs
 
 Contract: the file holds digests of tokens, never tokens. It is read again when it changes; a broken change is logged
 once and the last good content stays. A call with a token stands or falls with it, whatever else it shows; without one
@@ -33,7 +34,7 @@ from trackstar.errors import InvalidRequest, NotFound, TrackstarError, Unauthent
 
 _LOG = logging.getLogger(__name__)
 
-ANONYMOUS = Principal(name="anonymous", may_activate=True)
+ANONYMOUS = Principal(name="anonymous", may_activate=True, may_reindex=True)
 _SCHEME = "bearer "
 
 
@@ -45,6 +46,7 @@ class _Entry(BaseModel):
     certificates: tuple[str, ...] = ()
     generations: tuple[str, ...] = ("*",)
     may_activate: bool = False
+    may_reindex: bool = False
 
 
 class _File(BaseModel):
@@ -202,7 +204,12 @@ def _read(path: Path) -> _Known:
     by_digest: dict[bytes, Principal] = {}
     by_name: dict[str, Principal] = {}
     for entry in entries:
-        principal = Principal(name=entry.name, generations=entry.generations, may_activate=entry.may_activate)
+        principal = Principal(
+            name=entry.name,
+            generations=entry.generations,
+            may_activate=entry.may_activate,
+            may_reindex=entry.may_reindex,
+        )
         for text in entry.token_sha256:
             digest = _digest(text, entry.name, path)
             if digest in by_digest:

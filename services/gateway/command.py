@@ -25,7 +25,7 @@ from services.gateway.health import Probe
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import Gateway, Ports, Service
 from services.gateway.telemetry import Telemetry
-from trackstar.v1 import generation_pb2, trace_pb2
+from trackstar.v1 import generation_pb2, job_pb2, trace_pb2
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 PUBLIC: tuple[ServiceDescriptor, ...] = (
     trace_pb2.DESCRIPTOR.services_by_name["TraceService"],
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    job_pb2.DESCRIPTOR.services_by_name["JobService"],
 )
 
 

@@ -179,6 +179,49 @@ class MilvusConfig(_Section):
     parallel: int = Field(default=4, ge=1, le=64, description="searches that run at once in one generation")
 
 
+class ReindexConfig(_Section):
+    """Jobs that build other generations; without `config_file` there are none."""
+
+    config_file: Path | None = Field(
+        default=None,
+        description="YAML file of a whole reindex configuration; a request only changes what it may. null: no jobs",
+    )
+    allowed_paths: tuple[str, ...] = Field(
+        default=(),
+        description="absolute folders and URLs below which requests may name files to read; none may be named if empty",
+    )
+    runner: Literal["process", "ray"] = Field(default="process", description="on this machine, or on a Ray cluster")
+    ray_address: str | None = Field(default=None, description="http(s)://host:port of the Ray cluster's dashboard")
+    ray_ca_file: Path | None = Field(default=None, description="authorities to check it with; null for the system's")
+    token_file: Path | None = Field(
+        default=None, description="file that holds the Ray cluster's token and nothing else; null for one without"
+    )
+    entrypoint: tuple[str, ...] = Field(
+        default=("trackstar", "reindex", "{config}", "--job-id", "{job_id}"),
+        min_length=1,
+        description="words of the command that a job runs, with its configuration and its id filled in",
+    )
+    environment: dict[str, str] = Field(default={}, description="environment variables of a job, besides the usual")
+    timeout_seconds: float = Field(default=30.0, gt=0, le=300, description="of one request to Ray, seconds")
+    stop_seconds: float = Field(
+        default=30.0, ge=0, le=3600, description="time for a cancelled process to end by itself, seconds"
+    )
+    poll_seconds: float = Field(default=1.0, ge=0.02, le=60, description="how often jobs are looked at, seconds")
+    max_unfinished: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="jobs that wait or run; more are refused. An index is built by one at a time",
+    )
+    max_watchers: int = Field(default=64, ge=1, le=10_000, description="callers that watch at once; more are refused")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ReindexConfig:
+        if self.config_file is not None and self.runner == "ray" and self.ray_address is None:
+            raise ValueError("the runner ray needs ray_address")
+        return self
+
+
 class GatewayConfig(_Section):
     """Everything that can be set."""
 
@@ -191,6 +234,7 @@ class GatewayConfig(_Section):
     tracing: TracingConfig = TracingConfig()
     backends: BackendConfig = BackendConfig()
     milvus: MilvusConfig = MilvusConfig()
+    reindex: ReindexConfig = ReindexConfig()
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at the end, seconds")
     notice_seconds: float = Field(
         default=0.2,

@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Never, TypeAlias, cast
 
@@ -38,6 +38,8 @@ from trackstar.rpc_errors import REQUEST_ID
 
 _LOG = logging.getLogger(__name__)
 
+# These wait for what changes elsewhere: they take no place, and end when the server begins to shut down.
+_WATCHES = ("/trackstar.v1.JobService/Watch",)
 _OPEN = ("/grpc.health.", "/grpc.reflection.")
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 _LOGGED_BYTES = 128
@@ -181,7 +183,8 @@ class GatewayInterceptor(grpc.aio.ServerInterceptor):
         wanted = cast(float | None, context.time_remaining())
         seconds = self._deadlines.default_seconds if wanted is None else min(wanted, self._deadlines.max_seconds)
         call.deadline = call.began + seconds
-        async with self._running.enter(seconds):
+        watches = call.method in _WATCHES
+        async with self._running.enter(seconds, watches=watches):
             try:
                 principal = self._authenticator.identify(Credentials.of_call(metadata, context.auth_context()))
             except Unauthenticated:
@@ -193,7 +196,7 @@ class GatewayInterceptor(grpc.aio.ServerInterceptor):
             call.request_id = _valid_id(getattr(asked, "request_id", "")) or call.request_id
             call.generation = one_line(getattr(asked, "generation", ""), max_bytes=_LOGGED_BYTES)
             enter(RequestContext(request_id=call.request_id, principal=principal, deadline=call.deadline))
-            async with self._admission.place(call.deadline):
+            async with nullcontext() if watches else self._admission.place(call.deadline):
                 return await body(request)
 
     async def _abort(self, call: _Call, context: Context, error: Exception) -> Never:

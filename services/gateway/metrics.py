@@ -8,7 +8,7 @@ bounded: methods and services are those that are registered, everything else is 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -139,6 +139,23 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self._row_bytes = Counter("trackstar_row_bytes_read", "Bytes of rows read for calls.", registry=self.registry)
+        self._reindex_shards = Gauge(
+            "trackstar_reindex_shards",
+            "Shards of the jobs that run, by how far they have come.",
+            ["state"],
+            registry=self.registry,
+        )
+        self._reindex_jobs = Gauge(
+            "trackstar_reindex_jobs", "Jobs by where they are in their lives.", ["state"], registry=self.registry
+        )
+        self._reindex_rate = Gauge(
+            "trackstar_reindex_tokens_per_second", "Tokens encoded by the jobs that run.", registry=self.registry
+        )
+        self._reindex_remaining = Gauge(
+            "trackstar_reindex_remaining_seconds",
+            "Time until all jobs that run have ended; NaN while one cannot tell.",
+            registry=self.registry,
+        )
         self.defects = Counter(
             "trackstar_defects",
             "Errors that nobody raised on purpose; each has a traceback in the log.",
@@ -177,6 +194,22 @@ class GatewayMetrics:
         """This generation answers from now on."""
         self._generation.clear()
         self._generation.labels(name, checkpoint).set(1)
+
+    def reindex(
+        self,
+        *,
+        jobs: Mapping[str, int],
+        shards: Mapping[str, int],
+        tokens_per_second: float,
+        remaining_seconds: float | None,
+    ) -> None:
+        """Jobs were looked at. Keys are states of the code's own; `shards` and the rest are of those that run."""
+        for state, count in jobs.items():
+            self._reindex_jobs.labels(state).set(count)
+        for state, count in shards.items():
+            self._reindex_shards.labels(state).set(count)
+        self._reindex_rate.set(tokens_per_second)
+        self._reindex_remaining.set(float("nan") if remaining_seconds is None else remaining_seconds)
 
     def audit(self, audit: Audit | None) -> None:
         """What the last audit of the generation that answers found; None if it was never audited."""

@@ -18,11 +18,13 @@ _SHARES = {"encode": 0.5, "search": 0.5, "rerank": 0.7, "evidence": 0.9, "verify
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who asks. `generations`: shell patterns of the generations it may ask; `may_activate`: may switch them."""
+    """Who asks. `generations`: shell patterns of the generations it may ask; `may_activate`: may switch them;
+    `may_reindex`: may start, see and end jobs."""
 
     name: str
     generations: tuple[str, ...] = ("*",)
     may_activate: bool = False
+    may_reindex: bool = False
 
     def may_ask(self, generation: str) -> bool:
         """Whether it may ask this generation, given by its concrete name."""

@@ -43,7 +43,8 @@ def shard_of(number: int, spec: CodeSpec = BITS, size: int = SHARD) -> CodeShard
     codes: NDArray[Any] = random.integers(0, 256, (size, spec.row_bytes), dtype=np.uint8)
     if spec.kind == "prefix":
         codes = random.normal(size=(size, spec.size)).astype(np.float32)
-    return CodeShard(first=number * SHARD, codes=codes, norms=np.ones(size, dtype=np.float32))
+    passage_ids = number * SHARD + np.arange(size, dtype=np.int64)
+    return CodeShard(passage_ids=passage_ids, codes=codes, norms=np.ones(size, dtype=np.float32))
 
 
 def digest_of(shard: CodeShard) -> str:
@@ -69,12 +70,14 @@ def assert_holds(link: MilvusLink, collection: str, spec: CodeSpec = BITS, shard
     server, memory = MilvusServerIndex.open(link, collection, spec=spec, dim=DIM), memory_of(spec, shards)
     assert server.count() == memory.count()
     queries = shard_of(99, spec).codes[:3]
-    for found, expected in zip(server.search(queries, 2000), memory.search(queries, 2000), strict=True):
+    found: list[NDArray[Any]] = list(server.search(queries, 2000))
+    expected: list[NDArray[Any]] = list(memory.search(queries, 2000))
+    for one, two in zip(found, expected, strict=True):
         if spec.kind == "bits":
-            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(one, two)
         else:
             # Dot products are summed in another order.
-            np.testing.assert_allclose(np.sort(found), np.sort(expected), atol=1e-4 if found.dtype == np.float32 else 0)
+            np.testing.assert_allclose(np.sort(one), np.sort(two), atol=1e-4 if one.dtype == np.float32 else 0)
 
 
 def files(folder: Path) -> dict[str, bytes]:

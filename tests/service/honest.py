@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from services.gateway.errors import status_of
 from services.gateway.generation_service import GenerationService
 from services.gateway.generations import Generations
+from services.gateway.job_service import JobService
+from services.gateway.jobs import Jobs
 from services.gateway.request import Principal, RequestContext, enter
 from services.gateway.trace_service import TraceService
 from services.vectors import to_array, to_vector
@@ -36,6 +38,7 @@ from trackstar.v1 import (
     common_pb2,
     encoder_pb2,
     generation_pb2_grpc,
+    job_pb2_grpc,
     reranker_pb2,
     trace_pb2,
     trace_pb2_grpc,
@@ -321,7 +324,7 @@ class Contexts(grpc.aio.ServerInterceptor):
         if handler is None or not details.method.startswith("/trackstar."):
             return handler
         name = dict(details.invocation_metadata).get("caller", "anyone")
-        principal = self._principals.get(name, Principal(name=name, may_activate=True))
+        principal = self._principals.get(name, Principal(name=name, may_activate=True, may_reindex=True))
 
         def begin(context: Any) -> None:
             left = context.time_remaining()
@@ -393,6 +396,7 @@ async def serving(
     principals: dict[str, Principal] | None = None,
     poll_seconds: float = 60.0,
     reflection: bool = False,
+    jobs: Jobs | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway over real gRPC on a port of the loopback."""
     indexes: dict[str, list[CountedIndex]] = {}
@@ -410,8 +414,9 @@ async def serving(
         TraceService(generations, encoder, reranker, observer=observed), server
     )
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generations), server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(JobService(jobs), server)
     if reflection:
-        names = ("trackstar.v1.TraceService", "trackstar.v1.GenerationService")
+        names = ("trackstar.v1.TraceService", "trackstar.v1.GenerationService", "trackstar.v1.JobService")
         enable_server_reflection((*names, SERVICE_NAME), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

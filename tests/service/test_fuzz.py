@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from services.gateway.config import GatewayConfig
 from services.gateway.generation_service import GenerationService
 from services.gateway.generations import Generations
+from services.gateway.job_service import JobService
 from services.gateway.server import Gateway, Service
 from services.gateway.trace_service import TraceService
 from tests.service.honest import CountedIndex, HonestEncoder, HonestReranker, make_index
+from tests.service.honest_jobs import instant_jobs
 from tests.service.messages import messages
 from trackstar.errors import InvalidRequest
 from trackstar.rpc_errors import from_call
-from trackstar.v1 import generation_pb2, generation_pb2_grpc, trace_pb2, trace_pb2_grpc
+from trackstar.v1 import generation_pb2, generation_pb2_grpc, job_pb2, job_pb2_grpc, trace_pb2, trace_pb2_grpc
 
 _KINDS: list[tuple[str, type[Message]]] = [
     ("TraceService/Trace", trace_pb2.TraceRequest),
@@ -33,6 +35,11 @@ _KINDS: list[tuple[str, type[Message]]] = [
     ("GenerationService/List", generation_pb2.ListRequest),
     ("GenerationService/Get", generation_pb2.GetRequest),
     ("GenerationService/Activate", generation_pb2.ActivateRequest),
+    ("JobService/CreateReindexJob", job_pb2.CreateReindexJobRequest),
+    ("JobService/Get", job_pb2.JobServiceGetRequest),
+    ("JobService/List", job_pb2.JobServiceListRequest),
+    ("JobService/Watch", job_pb2.JobServiceWatchRequest),
+    ("JobService/Cancel", job_pb2.JobServiceCancelRequest),
 ]
 _MESSAGE_BYTES = 4 << 20
 _EXPECTED = {
@@ -52,6 +59,7 @@ def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
     async def serve() -> None:
         generations = Generations(make_index(tmp_path, "alpha", active="alpha"), lambda facts: CountedIndex(facts.name))
         await generations.start()
+        jobs = instant_jobs(tmp_path)
         traces = TraceService(generations, HonestEncoder(), HonestReranker())
         services = [
             Service(
@@ -64,6 +72,11 @@ def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
                 servicer=GenerationService(generations),
                 descriptor=generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
             ),
+            Service(
+                add=job_pb2_grpc.add_JobServiceServicer_to_server,
+                servicer=JobService(jobs),
+                descriptor=job_pb2.DESCRIPTOR.services_by_name["JobService"],
+            ),
         ]
         listen = {"address": "127.0.0.1:0", "metrics_address": None}
         gateway = Gateway(GatewayConfig.model_validate({"listen": listen, "notice_seconds": 0}), services)
@@ -73,6 +86,7 @@ def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
         begun.set()
         await stop.wait()
         await gateway.stop()
+        await jobs.close()
         await generations.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
@@ -93,7 +107,7 @@ def _caller(channel: grpc.Channel, method: str) -> Callable[[bytes], None]:
 
     def call(data: bytes) -> None:
         try:
-            list(stream(data, timeout=30)) if method.endswith("Stream") else unary(data, timeout=30)
+            list(stream(data, timeout=30)) if method.endswith(("Stream", "Watch")) else unary(data, timeout=30)
         except grpc.RpcError as error:
             refusal = error
         else:

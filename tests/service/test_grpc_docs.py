@@ -11,6 +11,7 @@ from pathlib import Path
 
 from services.gateway.validate import LIMITS
 from tests.service.honest import make_index, serving
+from tests.service.honest_jobs import instant_jobs
 from trackstar.rpc_errors import TABLE
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +41,9 @@ def _objects(text: str) -> list[dict[str, object]]:
 
 def test_every_command_of_the_page_is_answered(tmp_path: Path) -> None:
     async def work() -> None:
-        async with serving(make_index(tmp_path, "alpha", active="alpha"), reflection=True) as gateway:
-            assert len(_CURLS) >= 7
+        jobs = instant_jobs(tmp_path)
+        async with serving(make_index(tmp_path, "alpha", active="alpha"), reflection=True, jobs=jobs) as gateway:
+            assert len(_CURLS) >= 10
             for command in _CURLS:
                 words = shlex.split(command.replace("localhost:50051", gateway.address))
                 words[0] = str(Path(sys.executable).with_name("buf"))
@@ -50,8 +52,12 @@ def test_every_command_of_the_page_is_answered(tmp_path: Path) -> None:
                 assert all(answers), command
                 if "TraceStream" in command:
                     assert [next(iter(part)) for part in answers][:3] == ["encoded", "coarse", "reranked"]
+                elif "JobService/Watch" in command:
+                    assert [part["job"]["state"] for part in answers] == ["JOB_STATE_SUCCEEDED"]  # type: ignore[index]
                 elif command.rstrip().endswith("TraceService/Trace"):
                     assert answers[0].keys() >= {"target", "proponents", "opponents", "background", "provenance"}
+
+        await jobs.close()
 
     asyncio.run(work())
 

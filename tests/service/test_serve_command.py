@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from services.gateway.auth import digest_of_token
 from tests.service import demo_index
+from tests.service.job_stand_in import COMMAND
 from tests.service.messages import messages
 from tests.service.serve_process import ServeProcess
 from trackstar.client import Client
@@ -55,7 +56,14 @@ def served(
     root = tmp_path_factory.mktemp("served")
     index = demo_index.build(root, store=store, kind=kind)
     expected = {name: traces(index, name) for name in (Index(index).active(), demo_index.other_generation(index))}
-    server = ServeProcess(index, root)
+    base = root / "reindex.yaml"
+    base.write_text("{steps: 2, build: {corpus: {paths: [a]}}}")
+    jobs = {
+        "REINDEX__CONFIG_FILE": str(base),
+        "REINDEX__ENTRYPOINT": yaml.safe_dump(list(COMMAND)),
+        "REINDEX__ENVIRONMENT": yaml.safe_dump({"PYTHONPATH": str(Path(__file__).resolve().parents[2])}),
+    }
+    server = ServeProcess(index, root, **jobs)
     yield server, expected, index
     assert server.close() == 0
 
@@ -349,3 +357,10 @@ def test_calls_that_have_begun_are_answered_before_the_server_ends(own_index: Pa
     assert code == 0
     assert set(outcomes) <= {"answered", "refused"}, outcomes
     assert outcomes.count("answered") > 4
+
+
+def test_a_reindex_job_runs_beside_the_server(served: tuple[ServeProcess, dict[str, list[Trace]], Path]) -> None:
+    with Client(served[0].address) as client:
+        job = client.create_reindex_job("beside")
+        assert list(client.watch_job(job.job_id))[-1].state == "succeeded"
+        assert client.trace(*demo_index.QUERIES[0], k=2).trace.proponents

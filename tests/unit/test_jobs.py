@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trackstar.blobs import location
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound
 from trackstar.jobs import PIPELINE_STATES, JobEnd, JobProgress, JobStore, job_id_of
 
@@ -26,7 +27,13 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path)
 
 
-def test_a_job_is_written_down_once(store: JobStore, tmp_path: Path) -> None:
+@pytest.fixture(params=["folder", "object store"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path if request.param == "folder" else location(f"memory://jobs{tmp_path}"))
+
+
+def test_a_job_is_written_down_once(anywhere: JobStore) -> None:
+    store = anywhere
     assert store.list() == []
     assert store.create("job-1", {"refit": True}, "a: 1\n", request_id="r", caller="me", created_seconds=5.0)
     assert not store.create("job-1", {"refit": True}, "a: 2\n", request_id="r", caller="you", created_seconds=6.0)
@@ -36,8 +43,8 @@ def test_a_job_is_written_down_once(store: JobStore, tmp_path: Path) -> None:
     assert store.list() == ["job-0", "job-1"]
     found = store.spec("job-1")
     assert (found.asked, found.caller, found.created_seconds) == ({"refit": True}, "me", 5.0)
-    assert (tmp_path / "jobs/job-1/config.yaml").read_text() == "a: 1\n"
-    assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == ["job-0", "job-1"]
+    assert store.config("job-1").read_text(encoding="utf-8") == "a: 1\n"
+    assert sorted(path.name for path in store.home("job-1").parent.glob("*")) == ["job-0", "job-1"]
 
 
 def test_many_at_once_make_one_job(store: JobStore) -> None:
@@ -62,7 +69,8 @@ def test_many_at_once_make_one_job(store: JobStore) -> None:
     assert store.config("job-1").read_text(encoding="utf-8") == f"of: {of}\n"
 
 
-def test_progress_is_what_was_written(store: JobStore) -> None:
+def test_progress_is_what_was_written(anywhere: JobStore) -> None:
+    store = anywhere
     store.create("job-1", {}, "")
     assert store.progress("job-1") is None
     for state in PIPELINE_STATES:
@@ -73,7 +81,8 @@ def test_progress_is_what_was_written(store: JobStore) -> None:
         store.write_progress(replace(_PROGRESS, shards={"planned": 1}))
 
 
-def test_the_first_end_is_believed(store: JobStore) -> None:
+def test_the_first_end_is_believed(anywhere: JobStore) -> None:
+    store = anywhere
     store.create("job-1", {}, "")
     assert store.end("job-1") is None
     end = JobEnd(state="failed", error="the disk is full", ended_seconds=9.0)
@@ -85,6 +94,25 @@ def test_the_first_end_is_believed(store: JobStore) -> None:
     store.write_cancelled("job-1", "me", 2.0)
     assert store.submitted("job-1")
     assert store.cancelled("job-1")
+    assert not [path for path in store.home("job-1").glob("*") if path.name.startswith(".")]
+
+
+def test_of_many_ends_at_once_one_is_believed(store: JobStore) -> None:
+    store.create("job-1", {}, "")
+    begin = threading.Barrier(8)
+    seen: list[JobEnd | None] = []
+
+    def end(number: int) -> None:
+        begin.wait()
+        store.write_end("job-1", JobEnd(state="succeeded", error="", ended_seconds=float(number)))
+        seen.append(store.end("job-1"))
+
+    threads = [threading.Thread(target=end, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 1
 
 
 def test_what_is_missing_broken_or_elsewhere_is_said(store: JobStore, tmp_path: Path) -> None:
