@@ -265,7 +265,7 @@ def _turns(index: Index, loaded: LoadedModel, examples: Sequence[Example]) -> di
     tokens = [example.tokens for example in examples]
     encoder = index.encoder(loaded)
     batch = rows.read(np.arange(min(_CODED, rows.num_passages), dtype=np.int64))
-    correlation = _statistics(batch, index)
+    correlation = autocorrelation([batch], index.layout)
 
     def code() -> None:
         unit_ND = torch.nn.functional.normalize(generation.whitener.apply(batch), dim=1)
