@@ -110,6 +110,28 @@ def reindex(
     print(f"generation {found.generation} is {state}{where}; the cascade finds {found.recall:.3f} of the exact best")
 
 
+def collect_milvus(
+    index: Annotated[str, typer.Argument(help="Folder or URL of the index.")],
+    milvus: Annotated[str | None, typer.Option(help="HOST:PORT of the Milvus server.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the gateway's settings.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete what is listed.")] = False,
+) -> None:
+    """List collections on a Milvus server that no generation of an index needs; --apply deletes them."""
+    from services.gateway import config as gateway_config
+    from services.reindex.collections import unused_collections
+    from trackstar.catalog import Catalog
+    from trackstar.errors import InvalidRequest
+
+    over = {} if milvus is None else {f"{gateway_config.PREFIX}MILVUS__ADDRESS": milvus}
+    settings = gateway_config.load(config, {**os.environ, **over}).milvus
+    if settings.address is None:
+        raise InvalidRequest("name the Milvus server with --milvus HOST:PORT, or in the settings as milvus.address")
+    found = unused_collections(settings, Catalog(index), delete=apply)
+    for name in found:
+        print(name)
+    print(f"{len(found)} collections {'were deleted' if apply else 'would go with --apply'}", file=sys.stderr)
+
+
 def hash_token(
     new: Annotated[bool, typer.Option("--new", help="Make a token and show it once, on standard error.")] = False,
 ) -> None:

@@ -208,6 +208,8 @@ def _summary_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _generation_title(item: dict[str, Any]) -> str:
     state = "active" if item["active"] else "finished" if item["finished"] else "unfinished"
+    if item["retired"]:
+        state = "retired"
     return f"{item['name']} ({state}, {bytes_text(item['bytes'])})"
 
 
@@ -226,6 +228,10 @@ def _generation_rows(item: dict[str, Any], num_passages: int) -> Iterator[tuple[
     unit = "floats" if code["kind"] == "prefix" else "sign bits"
     yield "code", f"{code['size']:,} {unit} in {code['store']}"
     yield "background", f"{min(item['background'], num_passages):,} passages"
+    if item["audit"] is not None:
+        audit = item["audit"]
+        passed = "passed" if audit["passed"] else "failed"
+        yield "audit", f"{passed}, recall@{audit['k']} {audit['recall']:.3f} with {audit['candidates']:,} candidates"
 
 
 def print_plan(console: Console, content: dict[str, Any]) -> None:

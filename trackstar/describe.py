@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trackstar.blobs import local
+from trackstar.catalog import RETIRED
 from trackstar.errors import CorruptArtifact, NotFound
 from trackstar.generation import CodeConfig
 from trackstar.index import Index
@@ -117,6 +118,8 @@ def _generation(home: Path, active: str | None, dim: int) -> dict[str, Any]:
         "name": home.name,
         "finished": bool(facts),
         "active": home.name == active,
+        "retired": (home / RETIRED).is_file(),
+        "audit": _optional(home / "audit.json") or None,
         **{key: facts[key] for key in ("mix", "weight", "code", "background") if key in facts},
         "bytes": _folder_bytes(home),
     }

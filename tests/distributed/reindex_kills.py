@@ -33,6 +33,7 @@ from ray.cluster_utils import Cluster
 
 from tests import tiny
 from tests.milvus_process import MilvusProcess
+from trackstar.jobs import PIPELINE_STATES, PipelineState
 from trackstar.milvus_link import MilvusLink
 
 Kind = Literal["driver", "worker", "node", "milvus"]
@@ -49,6 +50,15 @@ class Kill:
 
     kind: Kind
     state: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Blow:
+    """What is to be killed, so long after the job has come to a state."""
+
+    kind: Kind
+    state: PipelineState
     seconds: float
 
 
@@ -111,16 +121,18 @@ class World:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def build(self, name: str, plan: list[tuple[float, Kind]], seed: int) -> None:
-        """Build an index while the kills of the plan come, each so many seconds after the one before."""
+    def build(self, name: str, plan: list[Blow], seed: int) -> None:
+        """Build an index while the blows of the plan come, one after the other."""
         generator = random.Random(seed)
         config, started = self.config(name), time.monotonic()
         driver = self._drive(config)
         try:
-            due = 0.0
-            for wait, kind in plan:
-                due += wait
-                while time.monotonic() - started < due and driver.poll() is None:
+            for blow in plan:
+                kind = blow.kind
+                while driver.poll() is None and self._place(name) < PIPELINE_STATES.index(blow.state):
+                    time.sleep(0.05)
+                due = time.monotonic() + blow.seconds
+                while driver.poll() is None and time.monotonic() < due:
                     time.sleep(0.05)
                 if driver.poll() is not None:
                     break
@@ -130,6 +142,11 @@ class World:
             driver.kill()
         log = (self.folder / f"{name}.log").read_text()
         assert code == 0, log[-4000:]
+
+    def _place(self, name: str) -> int:
+        """How far the job is, as a place among the pipeline's states."""
+        record = self.folder / name / "jobs" / "job" / "progress.json"
+        return PIPELINE_STATES.index(json.loads(record.read_text())["state"]) if record.is_file() else 0
 
     def _drive(self, config: Path) -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).with_name("trackstar")), "reindex", str(config), "--job-id", "job"]
@@ -148,8 +165,7 @@ class World:
         name: str,
         seconds: float,
     ) -> subprocess.Popen[bytes]:
-        record = self.folder / name / "jobs" / "job" / "progress.json"
-        state = json.loads(record.read_text())["state"] if record.is_file() else "before"
+        state = PIPELINE_STATES[self._place(name)]
         if kind == "driver":
             driver.kill()
             driver.wait()
@@ -237,7 +253,11 @@ def run(num_kills: int, seed: int, kills_per_build: int) -> list[Kill]:
             name, before = f"kills{number}", len(world.kills)
             kinds = [KINDS[(len(world.kills) + step) % len(KINDS)] for step in range(kills_per_build)]
             generator.shuffle(kinds)
-            plan = [(generator.uniform(0.0, 1.2 * seconds / kills_per_build), kind) for kind in kinds]
+            states = sorted(generator.choices(range(len(PIPELINE_STATES) - 1), k=len(kinds)))
+            plan = [
+                Blow(kind, PIPELINE_STATES[state], generator.uniform(0.0, seconds / 20))
+                for kind, state in zip(kinds, states, strict=True)
+            ]
             world.build(name, plan, generator.randrange(1 << 30))
             found = world.files(name)
             assert found.keys() == files.keys(), sorted(found.keys() ^ files.keys())
