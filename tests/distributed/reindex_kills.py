@@ -40,7 +40,7 @@ Kind = Literal["driver", "worker", "node", "milvus"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _BUILD_SECONDS = 600.0
-_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
+_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
 _WORDS = ["river", "bridge", "snow", "hills", "night", "birds", "sang", "sea", "stone", "wind"]
 
 

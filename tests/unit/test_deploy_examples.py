@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from services.gateway import config
+from services.reindex import config as reindex_config
 from services.serve.config import SERVICER_FUNCTIONS, ServeConfig
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "serve"
@@ -26,6 +28,14 @@ def test_the_gateway_example_is_taken() -> None:
     settings = config.load(_EXAMPLES / "gateway.yaml", {})
     assert settings.backends.application == "trackstar"
     assert settings.milvus.address is None
+
+
+def test_the_reindex_examples_are_taken() -> None:
+    job = reindex_config.load(_EXAMPLES.parent / "reindex" / "job.yaml")
+    assert job.build.code.store == "milvus"
+    page = (_EXAMPLES.parents[1] / "docs" / "reindexing.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert reindex_config.make(yaml.safe_load(shown)).workers.encoders.max == 32
 
 
 def test_a_gateway_of_its_own_needs_neither_torch_nor_an_embedded_milvus() -> None:
