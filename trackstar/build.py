@@ -29,7 +29,7 @@ from trackstar.corpus import Corpus, CorpusConfig
 from trackstar.correlation_tree import Node, leaves_of, level_above, node_path, remove_tree
 from trackstar.encode import Example
 from trackstar.engine import Engine, LocalEngine
-from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
 from trackstar.generation import Generation, read_facts
 from trackstar.generation_files import (
     GenerationSpec,
@@ -133,7 +133,8 @@ class Build:
         make_encoder: EncoderMaker | None = None,
     ) -> None:
         self.config, self.root, self.engine, self.progress = config, root, engine, progress
-        self._loader = ModelLoader(config)
+        # Where a gang encodes, the whole model is only looked at, and may be too large for one device.
+        self._loader = ModelLoader(config if make_encoder is None else config.model_copy(update={"device": "cpu"}))
         self._make_encoder = make_encoder or self._loader.encoder
 
     def run(self, *, verify: bool = False) -> str:
@@ -176,9 +177,15 @@ class Build:
 
     def _plan(self, number: int, config: CorpusConfig, first_shard: int, first_passage: int) -> Plan:
         """The part's runs; the corpus is compared with what they were planned from."""
-        corpus = Corpus(config)
-        facts = {**config.model_dump(mode="json"), "fingerprint": corpus.fingerprint()}
-        if (plan := load_plan(self._rows, number)) is not None:
+        plan = load_plan(self._rows, number)
+        try:
+            corpus = Corpus(config)
+            facts = {**config.model_dump(mode="json"), "fingerprint": corpus.fingerprint()}
+        except (NotFound, InvalidRequest):
+            if plan is None or not self._is_encoded(number, plan):
+                raise
+            facts = {**config.model_dump(mode="json"), "fingerprint": plan.corpus["fingerprint"]}
+        if plan is not None:
             for name, then, now in differences(dict(plan.corpus), facts, "corpus"):
                 key = name if number == 0 else f"append.{number - 1}{name.removeprefix('corpus')}"
                 raise Incompatible(
@@ -225,10 +232,10 @@ class Build:
         return plan
 
     def _encode(self, number: int, corpus: CorpusConfig, plan: Plan) -> None:
+        if self._is_encoded(number, plan):
+            return
         finished = set(finished_shards(self._rows))
         missing = [run for run in plan.runs if run.shard not in finished]
-        if not missing and read_part(self._rows, number) is not None:
-            return
         done = plan.num_passages - sum(run.num_passages for run in missing)
         left = sum(run.num_tokens for run in missing)
         self.progress.start("encoding", done, plan.num_passages, tokens=left)
@@ -257,6 +264,10 @@ class Build:
             dtype=facts["row_dtype"],
             corpus=plan.corpus,
         )
+
+    def _is_encoded(self, number: int, plan: Plan) -> bool:
+        finished = set(finished_shards(self._rows))
+        return read_part(self._rows, number) is not None and all(run.shard in finished for run in plan.runs)
 
     def _receipt(self, shard: int, num_passages: int) -> Receipt:
         receipt = read_receipt(self._rows, shard)

@@ -1,6 +1,7 @@
 """The command `trackstar index`: its options become an `IndexConfig`, which is built.
 
-Contract: options override the YAML file of --config; what neither names keeps its default. Requests that could only
+Contract: options override the YAML file of --config, or the settings of the index that is there if neither corpus nor
+model nor a file is named; what is named nowhere keeps its default. Requests that could only
 fail after hours of encoding, such as a task mix without queries, fail here at once.
 """
 
@@ -145,7 +146,10 @@ def index(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Describe the index as JSON.", rich_help_panel=_OUT)] = False,
 ) -> None:
-    """Build an index from a corpus and a checkpoint; the same command continues an interrupted build."""
+    """Build an index from a corpus and a checkpoint, or build on one; the same command continues where one stopped."""
+    from trackstar.index_config import read_config
+    from trackstar.index_settings import settings_of
+
     settings = {
         "corpus.paths": corpus,
         "corpus.text_field": text_field,
@@ -183,18 +187,23 @@ def index(
     }
     if out is None:
         raise InvalidRequest("say where the index is to be built with --out DIR")
-    found = _index_config(config, settings)
+    base = read_config(config) if config is not None else {}
+    if config is None and corpus is None and model is None and (out / "index.json").is_file():
+        # What is there is built on.
+        base = settings_of(out)
+    found = _index_config(base, settings)
     if append:
-        found = found.model_copy(update={"append": (*found.append, *(found.corpus_like(path) for path in append))})
+        known = {path for part in found.corpora for path in part.paths}
+        new = [found.corpus_like(path) for path in append if path not in known]
+        found = found.model_copy(update={"append": (*found.append, *new)})
     _index(found, out, verify=verify, as_json=as_json)
 
 
-def _index_config(file: Path | None, settings: dict[str, Any]) -> IndexConfig:
-    """The settings of the YAML file, if any, overridden by the options that were given."""
-    from trackstar.index_config import make_config, read_config
+def _index_config(content: dict[str, Any], settings: dict[str, Any]) -> IndexConfig:
+    """The settings of a file or index, overridden by the options that were given."""
+    from trackstar.index_config import make_config
     from trackstar.queries import read_queries
 
-    content = read_config(file) if file is not None else {}
     for place, value in settings.items():
         if value is None or value == []:
             continue

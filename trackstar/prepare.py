@@ -17,15 +17,17 @@ from trackstar.codes import check_size
 from trackstar.corpus import Corpus
 from trackstar.encode import Example
 from trackstar.engine import Report
+from trackstar.errors import InvalidRequest, NotFound
 from trackstar.estimate import estimate_moments
-from trackstar.index import FORMAT, Correction, check_identity, fix_identity, load_correction, save_correction
+from trackstar.index import FORMAT, Correction, check_identity, fix_identity, save_correction
 from trackstar.index_config import IndexConfig
 from trackstar.model import LoadedModel
 from trackstar.moments import load_moments
 from trackstar.passages import Cursor, Passage, begin_token, read_passages
 from trackstar.planner import propose_projection
 from trackstar.projection import BlockLayout
-from trackstar.row_shards import ROW_DTYPES
+from trackstar.row_shards import ROW_DTYPES, read_part
+from trackstar.storage import read_json
 from trackstar.workers import ModelLoader
 
 _COUNTED_DOCUMENTS = 20_000
@@ -45,17 +47,28 @@ class PrepareWorker:
             TrackstarError: checkpoint, corpus or moments cannot be used.
         """
         config, notes = self._load.config, list[str]()
-        corpus, loaded = Corpus(config.corpus), self._load()
-        layout = _layout(config, loaded, corpus, notes)
+        loaded = self._load()
+        known = _known(root)
+        try:
+            corpus = Corpus(config.corpus)
+            fingerprint = corpus.fingerprint()
+        except (NotFound, InvalidRequest):
+            # What was read to its end need not be kept for ever.
+            if known is None or read_part(root / "rows", 0) is None:
+                raise
+            fingerprint = known["corpus"]["fingerprint"]
+            notes.append("the corpus that the index began with cannot be read any more; its rows are kept as they are")
+        layout = _layout(config, loaded, None if known else corpus, known, notes)
         check_size(config.code.spec(layout.dim).size, layout.dim)
         window = min(config.window_tokens or loaded.max_tokens, loaded.max_tokens)
-        identity = _identity(config, loaded, corpus, layout, window)
+        identity = _identity(config, loaded, fingerprint, layout, window)
         check_identity(root, identity)
-        correction = _correction(root, config, loaded, corpus, window, self._report, notes)
-        fix_identity(root, identity)
         path = root / "correction.safetensors"
         if not path.is_file():
+            correction = _correction(config, loaded, corpus, window, self._report, notes)
+            fix_identity(root, identity)
             save_correction(path, correction)
+        fix_identity(root, identity)
         return notes
 
 
@@ -65,8 +78,26 @@ def default_shard_passages(dim: int, row_dtype: str) -> int:
     return int(min(16384, max(64, 1 << ((1 << 27) // row_bytes).bit_length() - 1)))
 
 
-def _layout(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, notes: list[str]) -> BlockLayout:
+def _known(root: Location) -> dict[str, Any] | None:
+    """What index.json says already; None at first. Whether it is one is for `check_identity` to say."""
+    try:
+        found = read_json(root / "index.json")
+    except NotFound:
+        return None
+    return found if isinstance(found, dict) and {"corpus", "projection", "blocks"} <= found.keys() else None
+
+
+def _layout(
+    config: IndexConfig, loaded: LoadedModel, corpus: Corpus | None, known: dict[str, Any] | None, notes: list[str]
+) -> BlockLayout:
     wanted = config.projection
+    if known is not None:
+        return loaded.layout(
+            layer_blocks=wanted.layer_blocks or known["projection"]["layer_blocks"],
+            rows=wanted.rows or known["blocks"][0]["rows"],
+            cols=wanted.cols or known["blocks"][0]["cols"],
+        )
+    assert corpus is not None
     if wanted.layer_blocks and wanted.rows and wanted.cols:
         return loaded.layout(layer_blocks=wanted.layer_blocks, rows=wanted.rows, cols=wanted.cols)
     # Beyond some size the corpus no longer limits the projection, so counting stops there.
@@ -79,7 +110,7 @@ def _layout(config: IndexConfig, loaded: LoadedModel, corpus: Corpus, notes: lis
 
 
 def _identity(
-    config: IndexConfig, loaded: LoadedModel, corpus: Corpus, layout: BlockLayout, window: int
+    config: IndexConfig, loaded: LoadedModel, fingerprint: str, layout: BlockLayout, window: int
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -89,7 +120,7 @@ def _identity(
             "architecture": type(loaded.model).__name__,
             "parameters": loaded.num_parameters,
         },
-        "corpus": {**config.corpus.model_dump(mode="json"), "fingerprint": corpus.fingerprint()},
+        "corpus": {**config.corpus.model_dump(mode="json"), "fingerprint": fingerprint},
         "moments": config.moments.model_dump(),
         "projection": {"seed": config.projection.seed, "layer_blocks": len(layout.blocks) // 2},
         "blocks": [{"name": block.name, "rows": block.rows, "cols": block.cols} for block in layout.blocks],
@@ -105,7 +136,6 @@ def _identity(
 
 
 def _correction(
-    root: Location,
     config: IndexConfig,
     loaded: LoadedModel,
     corpus: Corpus,
@@ -113,9 +143,6 @@ def _correction(
     report: Report,
     notes: list[str],
 ) -> Correction:
-    path = root / "correction.safetensors"
-    if path.is_file():
-        return load_correction(path)
     if config.moments.source == "estimate":
         sample = [Example(tokens=passage.tokens) for passage in _sample(loaded, corpus, window, config.moments.sample)]
         per_example = sum(len(example.tokens) for example in sample) / max(1, len(sample))

@@ -28,6 +28,8 @@ from services.reindex.config import Pool, Workers
 from trackstar.engine import Answer, Item, Report, Stage
 from trackstar.errors import NotReady, Overloaded, TrackstarError
 
+# Items of one pipeline; more come one pipeline after the other, so that the driver's memory does not grow with them.
+_ITEMS_AT_ONCE = 1 << 16
 # Items of one block are given to an actor together.
 _MAX_BLOCKS = 4096
 # Neither has annotations.
@@ -63,8 +65,16 @@ class RayEngine:
         Raises:
             NotReady: Ray gave up; what is finished is kept.
         """
-        if not items:
-            return
+        for start in range(0, len(items), _ITEMS_AT_ONCE):
+            yield from self._map(stage, make, items[start : start + _ITEMS_AT_ONCE], report)
+
+    def _map(
+        self,
+        stage: Stage,
+        make: Callable[[Report], Callable[[Item], Answer]],
+        items: Sequence[Item],
+        report: Report | None,
+    ) -> Iterator[Answer]:
         pool = self._pool(stage)
         size = min(pool.max, len(items))
         # What is made and done crosses Ray as bytes, so that Ray need not know its classes.

@@ -13,9 +13,11 @@ import torch
 from tests import tiny
 from trackstar.blobs import location
 from trackstar.build import build_index, make_config
+from trackstar.cli import main
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
 from trackstar.generation import read_facts
 from trackstar.index import Index
+from trackstar.index_settings import settings_of
 from trackstar.locks import writing
 from trackstar.results import Query, Trace
 from trackstar.retirement import bring_back, collect, garbage, retire
@@ -327,3 +329,63 @@ def test_the_audit_keeps_a_generation_from_answering(root: Path) -> None:
     catalog = Index(root / "index").catalog
     assert catalog.active() == first
     assert len(catalog.finished()) == 2
+
+
+# --- building on what is there -----------------------------------------------------------------------------------
+
+
+def test_an_index_knows_what_it_was_built_with(root: Path) -> None:
+    first = build(root, append=more(root), mix={"damping": 0.3})
+    again = make_config(settings_of(root / "index"))
+    assert [corpus.paths for corpus in again.corpora] == [
+        (str(root / "one.jsonl"),),
+        (str(root / "two.jsonl"),),
+    ]
+    assert build_index(again, root / "index").name == first
+    assert main(["index", "--out", str(root / "index"), "--damping", "0.5"]) == 0
+    second = Index(root / "index").active()
+    assert second != first
+    assert read_facts(root / "index" / "generations" / second)["mix"]["damping"] == 0.5
+    assert read_facts(root / "index" / "generations" / second)["parts"] == 2
+
+
+def test_a_corpus_need_not_be_kept_for_ever(root: Path) -> None:
+    build(root)
+    (root / "one.jsonl").unlink()
+    assert main(["index", "--out", str(root / "index"), "--append", str(root / "two.jsonl")]) == 0
+    index = Index(root / "index")
+    assert index.rows(index.active()).num_passages == 19
+    assert main(["index", "--out", str(root / "index"), "--append", str(root / "two.jsonl")]) == 0
+    assert len(index.catalog.finished()) == 2
+    # One that was not read to its end is needed.
+    (root / "index" / "rows" / "000003.json").unlink()
+    (root / "two.jsonl").unlink()
+    assert main(["index", "--out", str(root / "index")]) == 3
+
+
+def test_documents_are_deleted_and_generations_retired_from_the_command_line(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(root / "index")
+    first = build(root)
+    second = build(root, mix={"damping": 0.5})
+    assert main(["activate", out, first]) == 0
+    assert Index(out).active() == first
+    assert main(["retire", out, first]) == 2
+    assert main(["retire", out, second]) == 0
+    assert main(["retire", out, second, "--undo"]) == 0
+    assert main(["retire", out, second]) == 0
+    capsys.readouterr()
+    assert main(["collect", out, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [item["why"] for item in listed["items"]] == ["a retired generation"]
+    assert main(["collect", out, "--apply"]) == 0
+    assert "would go" not in capsys.readouterr().err
+    assert Index(out).catalog.names() == [first]
+    (root / "ids").write_text("d1\nd2\n")
+    assert main(["delete", out, "d5", "--file", str(root / "ids")]) == 0
+    assert read_deleted(Index(out).root).doc_ids == ("d1", "d2", "d5")
+    assert main(["delete", out, "nobody"]) == 3
+    assert main(["delete", out]) == 2
+    assert main(["index", "--out", out, "--purge"]) == 0
+    assert read_facts(root / "index" / "generations" / Index(out).active())["num_codes"] == 10
