@@ -22,11 +22,12 @@ Group = Literal["disk", "memory", "milvus", "query", "build", "machines", "later
 
 # Sidecar of a row shard, zstd, measured on English sentences: text and token ids per token, all else per passage.
 _SIDECAR_BYTES_PER_TOKEN, _SIDECAR_BYTES_PER_PASSAGE = 4, 24
-# Milvus keeps an id, a row number and a timestamp beside each code, int64 each.
+# Milvus writes an id, a row number and a timestamp beside each code, int64 each.
 _MILVUS_ROW_BYTES = 24
-# Measured with 2.3.5 (docs/measurements.md): memory of a loaded collection over its raw bytes, the server without one,
-# and what lies in the object store, where codes stay as they came and as they were compacted.
-_MILVUS_OVERHEAD, _MILVUS_IDLE_BYTES, _MILVUS_COPIES = 1.25, 280 << 20, 2
+# Measured with 2.3.5 (docs/measurements.md): memory of a loaded collection per byte of code and, with the index of its
+# ids, per passage; of the server without one; and what lies in the object store, where codes stay as they came and as
+# they were compacted.
+_MILVUS_OVERHEAD, _MILVUS_LOADED_ROW_BYTES, _MILVUS_IDLE_BYTES, _MILVUS_COPIES = 1.2, 200, 280 << 20, 2
 # Of the memory of its query nodes, what Milvus lets collections fill (milvus.io/docs/limitations.md, "Load limits").
 _MILVUS_FILL = 0.9
 # Both ends of the ranking are searched and reranked: proponents and opponents.
@@ -275,8 +276,8 @@ class _Costs:
         return (self.rows_bytes / covered).rounded_up()
 
     def _loaded(self) -> Value:
-        raw = self.num * (self.code + amount(_MILVUS_ROW_BYTES, "bytes"))
-        return raw * amount(_MILVUS_OVERHEAD) + amount(_MILVUS_IDLE_BYTES, "bytes of an idle server")
+        row = self.code * amount(_MILVUS_OVERHEAD) + amount(_MILVUS_LOADED_ROW_BYTES, "bytes beside it")
+        return self.num * row + amount(_MILVUS_IDLE_BYTES, "bytes of an idle server")
 
     def _nodes(self, generations: int) -> Value:
         """Query nodes that hold one replica."""

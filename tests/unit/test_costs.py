@@ -59,7 +59,7 @@ def test_figures_of_the_papers_size() -> None:
     per_token = value["encoding, per token"] + value["projecting, per token"]
     assert value["encoding"] == pytest.approx(365e6 * 256 * per_token / 4e14 / 3600)
     assert value["statistics"] == pytest.approx(365e6 * 2 * 16 * 4_096**2 / 4e14 / 3600)
-    loaded = 365e6 * (4_096 + 24) * 1.25 + 280 * 2**20
+    loaded = 365e6 * (4_096 * 1.2 + 200) + 280 * 2**20
     assert value["one generation, loaded"] == pytest.approx(loaded)
     assert value["Milvus query nodes"] == 2 * math.ceil(loaded / (0.9 * 512 * 2**30))
     assert value["scan"] == pytest.approx(2 * 365e6 * 4_096 / (math.ceil(loaded / (0.9 * 512 * 2**30)) * 1e11))
