@@ -109,7 +109,8 @@ def byte_figures(index: Index) -> list[Figure]:
     home = root / "generations" / generation.name
     seen = {
         ("disk", "gradient rows"): _size(root.glob("rows/*.safetensors")),
-        ("disk", "coarse codes"): _size(home.glob("codes/*")) - 4 * len(generation.norms_N),
+        # An id and a norm, 12 bytes, stand beside each code.
+        ("disk", "coarse codes"): _size(home.glob("codes/*.safetensors")) - 12 * len(generation.norms_N),
         ("disk", "texts and spans"): _size(root.glob("rows/*.parquet")),
         ("disk", "statistics"): _size(root.glob("statistics/*.safetensors")),
         ("disk", "whitener"): _size([home / "whitener.safetensors"]),

@@ -217,8 +217,8 @@ def _configure(folder: Path, ports: dict[str, int]) -> None:
     # A server that was killed and comes back waits for its former self's sessions to end.
     config["common"]["session"]["ttl"] = 5
     config["common"]["security"]["authorizationEnabled"] = True
-    # A load waits for several of these in turn.
-    config["queryCoord"].update(checkInterval=100, distPullInterval=100)
+    # A load waits for several of these in turn, and one that is refreshed for the last, in seconds.
+    config["queryCoord"].update(checkInterval=100, distPullInterval=100, updateNextTargetInterval=1)
     (folder / "configs" / "milvus.yaml").write_text(yaml.safe_dump(config))
     client, peer = (f"http://127.0.0.1:{ports[name]}" for name in ("etcd", "etcd_peer"))
     etcd = {

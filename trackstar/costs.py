@@ -168,7 +168,8 @@ class _Costs:
         parts = {
             "gradient rows": self.num * self.row,
             "coarse codes": self.num * unit,
-            "norms": self.num * amount(4, "bytes"),
+            "norms": self.num * (amount(4, "bytes beside the codes") + amount(4, "together")),
+            "ids of the codes": self.num * amount(8, "bytes"),
             "texts and spans": self.num * texts,
             "statistics": self.partial,
             "whitener": self._whitener(),

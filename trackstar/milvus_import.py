@@ -75,16 +75,17 @@ class CollectionImport:
         self._timeout_seconds = timeout_seconds
         self._index: MilvusServerIndex | None = None
         self._identity = 0
+        self._is_asked = False
         self._failures = 0
         self.bulk_refusal: str | None = None
         """Why the server imports no files, in its words; None where it was not asked or does."""
 
     def prepare(self) -> None:
-        """Make the collection, or open the one that is there, and ask the server whether it imports files.
+        """Make the collection, or open the one that is there.
 
         Raises:
             Incompatible: it was made for other codes or by something else, or the server takes no codes so large.
-            NotReady: the server is down, or the folder for bulk imports cannot be written.
+            NotReady: the server is down.
         """
         codes: dict[str, Any] = {"spec": self._spec, "dim": self._dim}
         try:
@@ -97,8 +98,6 @@ class CollectionImport:
                 # Another process has made it meanwhile.
                 self._index = MilvusServerIndex.open(self._link, self.collection, **codes, load=False)
         self._identity = identity(self._link, self.collection, self._link.deadline())
-        if self._bulk is not None:
-            self.bulk_refusal = refusal(self._link, self._bulk, self._spec.kind, timeout_seconds=self._timeout_seconds)
 
     def missing(self, shards: Sequence[int]) -> list[int]:
         """Those of the shards that have no receipt, in order."""
@@ -114,6 +113,8 @@ class CollectionImport:
     def add(self, number: int, shard: CodeShard, digest: str) -> None:
         """Put a shard's codes into the collection and then write its receipt; one that has it is left alone.
 
+        The first time that something could be imported in bulk, the server is asked whether it does that.
+
         Args:
             number: the shard's.
             shard: its codes.
@@ -123,7 +124,8 @@ class CollectionImport:
             InvalidRequest: the codes are not those of the collection.
             NotFound: the collection was deleted meanwhile.
             StorageFull: there is no space, here or on the server.
-            NotReady, Overloaded: the server is down or busy; call it again.
+            NotReady, Overloaded: the server is down or busy, or the folder for bulk imports cannot be written; call it
+                again.
         """
         index = self._prepared()
         passage_ids, codes = shard.passage_ids, shard.codes
@@ -176,7 +178,12 @@ class CollectionImport:
 
     def _imported(self, number: int, passage_ids: NDArray[np.int64], codes: NDArray[Any]) -> bool:
         """Import a shard of which nothing is on the server in bulk; whether that was done, and without doubt."""
-        if self._bulk is None or self.bulk_refusal is not None or not len(codes):
+        if self._bulk is None or not len(codes):
+            return False
+        if not self._is_asked:
+            self.bulk_refusal = refusal(self._link, self._bulk, self._spec.kind, timeout_seconds=self._timeout_seconds)
+            self._is_asked = True
+        if self.bulk_refusal is not None:
             return False
         file = f"{self.collection}-{number:06d}-{secrets.token_hex(8)}.parquet"
         self._publish(self._started(number), file=file)
