@@ -261,7 +261,9 @@ class _Stopwatch(Silent):
     def __init__(self) -> None:
         self.started = self.ended = (0.0, 0.0)
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str = "passages"
+    ) -> None:
         """Note when encoding begins."""
         if step == "encoding":
             self.started = _now()

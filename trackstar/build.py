@@ -80,10 +80,12 @@ from trackstar.workers import (
 class Progress(Protocol):
     """Hears how far a build is; all counts are of this run and of the whole."""
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str = "passages"
+    ) -> None:
         """A step begins with `done` of `total` units finished, None if the total is not known.
 
-        `tokens`: how many are still to be processed, where a step goes by tokens.
+        `tokens`: how many are still to be processed, where a step goes by tokens. `unit`: what is counted, in plural.
         """
 
     def advance(self, step: str, done: int, tokens: int) -> None:
@@ -99,7 +101,9 @@ class Progress(Protocol):
 class Silent:
     """A progress that says nothing."""
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str = "passages"
+    ) -> None:
         """Nothing."""
 
     def advance(self, step: str, done: int, tokens: int) -> None:
@@ -165,7 +169,7 @@ class Build:
         return spec.name
 
     def _prepare(self) -> None:
-        self.progress.start("preparing", 0, None)
+        self.progress.start("preparing", 0, None, unit="models")
         report = partial(self.progress.advance, "preparing", 0)
         for notes in self.engine.map("prepare", partial(PrepareWorker, load=self._loader), [self.root], report=report):
             for note in notes:
@@ -195,7 +199,7 @@ class Build:
             return plan
         files = missing_outlines(self._rows, number, corpus.num_files)
         done = corpus.num_files - len(files)
-        self.progress.start("planning", done, corpus.num_files)
+        self.progress.start("planning", done, corpus.num_files, unit="files")
         make = partial(OutlineWorker, rows=self._rows, part=number, corpus=config, config=self.config)
         for _ in self.engine.map("planning", make, files):
             done += 1
@@ -334,7 +338,7 @@ class Build:
         for shard in np.unique(shards).tolist():
             ids = tuple(excluded[shards == shard].tolist())
             items.append(Purge(shard=shard, version=digest_of(ids)[:8], passage_ids=ids))
-        self.progress.start("purging", 0, len(items))
+        self.progress.start("purging", 0, len(items), unit="shards")
         make = partial(PurgeWorker, root=self.root, parts=len(rows.parts), versions=rows.versions)
         for done, _ in enumerate(self.engine.map("purging", make, items), start=1):
             self.progress.advance("purging", done, 0)
@@ -352,7 +356,7 @@ class Build:
         item = WhitenItem(
             home=home, mix=spec.mix, train=train, statistics=spec.statistics, root_node=root_node, task=known_task
         )
-        self.progress.start("whitening", 0, 1)
+        self.progress.start("whitening", 0, 1, unit="generations")
         for _ in self.engine.map("whitening", partial(WhitenWorker, root=self.root), [item]):
             self.progress.advance("whitening", 1, 0)
         if nodes:
@@ -421,7 +425,7 @@ class Build:
         """Where R_task lies, and what it is of."""
         path = self.root / "statistics" / f"task-{digest[:12]}.safetensors"
         if not path.with_suffix(".json").is_file():
-            self.progress.start("task queries", 0, len(task))
+            self.progress.start("task queries", 0, len(task), unit="queries")
             make = partial(TaskWorker, root=self.root, make=self._make_encoder)
             for _ in self.engine.map("encoding", make, [(task, path, digest)]):
                 self.progress.advance("task queries", len(task), 0)
@@ -471,6 +475,12 @@ def _audit(config: AuditConfig, generation: Generation, progress: Progress) -> N
     known = read_audit(generation.home)
     if known is not None and known.passed and known.min_recall >= config.min_recall and known.k == config.k:
         return
+    progress.start("audit", 0, generation.rows.num_passages)
+
+    def on_step(step: str, done: int, _total: int) -> None:
+        if step == "scanning":
+            progress.advance("audit", done, 0)
+
     found = audit_generation(
         generation,
         generation.rows,
@@ -478,7 +488,7 @@ def _audit(config: AuditConfig, generation: Generation, progress: Progress) -> N
         config,
         codes=generation.codes,
         coarse_name=generation.code.store,
-        on_step=lambda _step, done, _total: progress.advance("audit", done, 0),
+        on_step=on_step,
     )
     publish_audit(generation.home, found)
 

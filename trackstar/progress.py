@@ -43,7 +43,7 @@ class StepProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
-        self._unit = unit
+        self._unit = self._default_unit = unit
         self._clock = clock
         self._tokens = 0
         self._total_tokens: int | None = None
@@ -68,10 +68,13 @@ class StepProgress:
         if self._console.is_terminal:
             self._bars.stop()
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str | None = None
+    ) -> None:
         """See `build.Progress`."""
         self._finish()
         self._step, self._done, self._first, self._total = step, done, done, total
+        self._unit = unit or self._default_unit
         self._last_total = total if total is not None else self._last_total
         self._tokens, self._total_tokens = 0, tokens
         self._started = self._told = self._clock()
@@ -92,8 +95,7 @@ class StepProgress:
         """`done` of `total` units of a step are finished; it begins here if it is another step, or was further."""
         if step != self._step or done < self._done:
             self._finish()
-            self._unit = unit or self._unit
-            self.start(step, 0, total)
+            self.start(step, 0, total, unit=unit)
         self.advance(step, done, 0)
 
     def note(self, text: str) -> None:

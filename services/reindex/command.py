@@ -6,6 +6,7 @@ and ends with the command.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -61,6 +62,8 @@ def reindex(config: ReindexConfig, *, job_id: str = "") -> Outcome:
 def _cluster(config: ReindexConfig) -> Iterator[None]:
     """Ray for as long as the block runs."""
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or None
+    # What Ray says of its own work is no news to whoever looks at the job's progress; warnings of it are in its logs.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     options: Any = {"log_to_driver": False, "configure_logging": False}
     if address is not None:
         try:

@@ -70,7 +70,7 @@ class MilvusStore:
         if not missing and importing.is_complete(codes.num_codes):
             return
         done = codes.num_shards - len(missing)
-        reporter.start("importing", done, codes.num_shards)
+        reporter.start("importing", done, codes.num_shards, unit="shards")
         make = partial(
             ImportWorker,
             home=generation.home,

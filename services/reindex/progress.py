@@ -84,9 +84,11 @@ class JobReporter:
 
     # --- trackstar.build.Progress -----------------------------------------------------------------------------------
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str = "passages"
+    ) -> None:
         """See `Progress.start`."""
-        self._console.start(step, done, total, tokens=tokens)
+        self._console.start(step, done, total, tokens=tokens, unit=unit)
         self._step, self._step_started, self._first, self._step_tokens = step, self._clock(), done, 0
         self._change(
             state=_STATES.get(step, self.progress.state),

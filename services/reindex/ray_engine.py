@@ -10,6 +10,7 @@ a server) is tried again by the same worker for a while.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 import uuid
@@ -47,6 +48,8 @@ class RayEngine:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+        # It tells of every pipeline.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
