@@ -201,7 +201,8 @@ class World:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if title.startswith("ray::") and "IDLE" not in title:
+            # Ray Data's tasks and actors; not Ray's own agents, which take their node with them.
+            if title.startswith("ray::Map"):
                 yield process
 
     def files(self, name: str) -> dict[str, bytes]:
