@@ -167,7 +167,9 @@ class Clock:
             self._ended.set()
             self._sampler.join()
 
-    def start(self, step: str, done: int, total: int | None, *, tokens: int | None = None) -> None:
+    def start(
+        self, step: str, done: int, total: int | None, *, tokens: int | None = None, unit: str = "passages"
+    ) -> None:
         """See `Progress.start`."""
         if step in STAGES and step != self._now:
             self.enter(step)

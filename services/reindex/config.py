@@ -67,6 +67,15 @@ class Workers(BaseModel):
     retries: int = Field(default=8, ge=0, description="tries more of an item whose store, gang or server is not ready")
 
 
+class BulkImport(BaseModel):
+    """A folder that the workers write and Milvus reads; codes go there as Parquet files instead of through calls."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str = Field(description="folder or URL, as the workers name it")
+    server_folder: str = Field(description="the same as the server names it: below its bucket, or an absolute path")
+
+
 class ReindexConfig(BaseModel):
     """A job. Unknown keys are refused."""
 
@@ -76,6 +85,7 @@ class ReindexConfig(BaseModel):
     build: IndexConfig
     workers: Workers = Workers()
     milvus: MilvusConfig = MilvusConfig()
+    bulk: BulkImport | None = Field(default=None, description="bulk imports, where the server does them; null: upserts")
     verify: bool = Field(default=False, description="compare every finished shard with its digests first")
     ray_address: str | None = Field(
         default=None, description="of a Ray cluster; null: the one this runs in, or else one of its own"

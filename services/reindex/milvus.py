@@ -12,7 +12,7 @@ from typing import Any
 
 from services.gateway.coarse_milvus import alias_of, collection_of, connect
 from services.gateway.config import MilvusConfig
-from services.reindex.config import ReindexConfig
+from services.reindex.config import BulkImport, ReindexConfig
 from services.reindex.progress import JobReporter
 from trackstar.blobs import Location
 from trackstar.coarse import CoarseIndex
@@ -22,6 +22,7 @@ from trackstar.engine import Engine, Report
 from trackstar.generation import Generation
 from trackstar.index import Index
 from trackstar.milvus_alias import AliasPointer
+from trackstar.milvus_bulk import BulkFolder
 from trackstar.milvus_import import CollectionImport
 from trackstar.milvus_link import MilvusLink
 from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
@@ -30,9 +31,11 @@ from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
 class MilvusStore:
     """Where a generation's codes are searched."""
 
-    def __init__(self, config: MilvusConfig, link: MilvusLink | None, generation: Generation) -> None:
+    def __init__(
+        self, config: MilvusConfig, bulk: BulkImport | None, link: MilvusLink | None, generation: Generation
+    ) -> None:
         """Not for callers: see `of`."""
-        self._config, self._link, self.generation = config, link, generation
+        self._config, self._bulk, self._link, self.generation = config, bulk, link, generation
         self.collection = collection_of(config, generation.name) if link is not None else ""
 
     @classmethod
@@ -42,7 +45,7 @@ class MilvusStore:
         generation = index.generation(name, searched=False)
         link = connect(config.milvus) if config.build.code.store == "milvus" else None
         try:
-            yield cls(config.milvus, link, generation)
+            yield cls(config.milvus, config.bulk, link, generation)
         finally:
             generation.close()
             if link is not None:
@@ -76,6 +79,7 @@ class MilvusStore:
             home=generation.home,
             facts=generation.facts,
             config=self._config,
+            bulk=self._bulk,
             spec=generation.spec,
             dim=generation.layout.dim,
         )
@@ -101,9 +105,8 @@ class MilvusStore:
 
     def _import(self) -> CollectionImport:
         assert self._link is not None
-        return _importing(
-            self._link, self._config, self.generation.home, self.generation.spec, self.generation.layout.dim
-        )
+        generation = self.generation
+        return _importing(self._link, self._config, self._bulk, generation.home, generation.spec, generation.layout.dim)
 
 
 class ImportWorker:
@@ -116,12 +119,13 @@ class ImportWorker:
         home: Location,
         facts: dict[str, Any],
         config: MilvusConfig,
+        bulk: BulkImport | None,
         spec: CodeSpec,
         dim: int,
     ) -> None:
         self._codes = CodeStore(home, facts)
         self._link = connect(config)
-        self._import = _importing(self._link, config, home, spec, dim)
+        self._import = _importing(self._link, config, bulk, home, spec, dim)
 
     def __call__(self, number: int) -> int:
         """Sends a shard; raises as `CollectionImport.add`."""
@@ -134,9 +138,18 @@ class ImportWorker:
         self._link.close()
 
 
-def _importing(link: MilvusLink, config: MilvusConfig, home: Location, spec: CodeSpec, dim: int) -> CollectionImport:
+def _importing(
+    link: MilvusLink, config: MilvusConfig, bulk: BulkImport | None, home: Location, spec: CodeSpec, dim: int
+) -> CollectionImport:
     """An import into a generation's collection, ready to be added to."""
     collection = collection_of(config, home.name)
-    found = CollectionImport(link, collection, spec=spec, dim=dim, receipts=home / "imports" / collection)
+    found = CollectionImport(
+        link,
+        collection,
+        spec=spec,
+        dim=dim,
+        receipts=home / "imports" / collection,
+        bulk=None if bulk is None else BulkFolder(bulk.folder, bulk.server_folder),
+    )
     found.prepare()
     return found
