@@ -109,8 +109,13 @@ def make_config(content: dict[str, Any]) -> IndexConfig:
     try:
         return IndexConfig(**content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InvalidRequest(f"the config has an unknown key {place!r}; remove it or correct its name") from error
-        raise InvalidRequest(f"the config's {place or 'settings'}: {first['msg']}") from error
+        raise refusal(error) from error
+
+
+def refusal(error: ValidationError) -> InvalidRequest:
+    """What is wrong with settings, in one sentence that names the first key."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"the config has an unknown key {place!r}; remove it or correct its name")
+    return InvalidRequest(f"the config's {place or 'settings'}: {first['msg'].removeprefix('Value error, ')}")

@@ -20,14 +20,19 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from services.gateway.coarse_milvus import connect
 from services.reindex.config import ReindexConfig
 from services.reindex.job import Outcome, run_job
 from services.reindex.metrics import RayProgressMetrics
 from services.reindex.progress import JobReporter
 from trackstar.blobs import location
+from trackstar.build import Silent
+from trackstar.corpus import Corpus
 from trackstar.errors import NotReady, TrackstarError
 from trackstar.jobs import JobStore
 from trackstar.progress import StepProgress
+from trackstar.queries import read_queries
+from trackstar.runs import load_plan
 
 # The object store holds numbers of items and answers, nothing large.
 _OBJECT_STORE_BYTES = 256 << 20
@@ -44,6 +49,11 @@ def reindex(config: ReindexConfig, *, job_id: str = "") -> Outcome:
         TrackstarError: it cannot go on; what is finished is kept.
     """
     store = JobStore(location(config.index)) if job_id else None
+    try:
+        _look(config)
+    except TrackstarError as error:
+        JobReporter(store, job_id, Silent()).failed(error)
+        raise
     with ExitStack() as held:
         progress = held.enter_context(StepProgress(Console(stderr=True)))
         held.enter_context(_ending())
@@ -56,6 +66,18 @@ def reindex(config: ReindexConfig, *, job_id: str = "") -> Outcome:
             raise
         reporter.flush()
     return found
+
+
+def _look(config: ReindexConfig) -> None:
+    """What can be seen to be wrong before Ray is there."""
+    rows = location(config.index) / "rows"
+    for number, corpus in enumerate(config.build.corpora):
+        if load_plan(rows, number) is None:
+            Corpus(corpus)
+    if config.build.task_queries is not None:
+        read_queries(config.build.task_queries)
+    if config.build.code.store == "milvus":
+        connect(config.milvus).close()
 
 
 @contextmanager

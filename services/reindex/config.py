@@ -15,8 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.gateway.config import MilvusConfig
-from trackstar.errors import InvalidRequest
-from trackstar.index_config import IndexConfig, read_config
+from trackstar.index_config import IndexConfig, read_config, refusal
 
 
 class Pool(BaseModel):
@@ -113,8 +112,4 @@ def make(content: dict[str, Any]) -> ReindexConfig:
     try:
         return ReindexConfig(**content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InvalidRequest(f"the config has an unknown key {place!r}; remove it or correct its name") from error
-        raise InvalidRequest(f"the config's {place or 'settings'}: {first['msg']}") from error
+        raise refusal(error) from error
