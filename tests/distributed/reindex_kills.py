@@ -161,8 +161,6 @@ class World:
     def _drive(self, config: Path) -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).with_name("trackstar")), "reindex", str(config), "--job-id", "job"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        # Metadata of a source folder on the path would hide that of the installed package.
-        environment.pop("PYTHONPATH", None)
         with config.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
