@@ -119,13 +119,14 @@ class BulkFolder:
 class BulkTask:
     """An import as the server tells of it.
 
-    task_id: its number. state: whether it goes on. rows: imported. files: of the server's names, empty where it does
-    not say (2.3.5 does). reason: in the server's words, why it failed.
+    task_id: its number. state: whether it goes on. rows: imported. progress: changes while it does go on. files: of the
+    server's names, empty where it does not say (2.3.5 does). reason: in the server's words, why it failed.
     """
 
     task_id: int
     state: Literal["running", "done", "failed"]
     rows: int
+    progress: tuple[int, str]
     files: tuple[str, ...]
     reason: str
 
@@ -169,16 +170,24 @@ def tasks(link: MilvusLink, collection: str, deadline: float) -> list[BulkTask]:
     return [_task(found.id, found) for found in answer.tasks]
 
 
-def wait(link: MilvusLink, task_ids: Sequence[int], deadline: float) -> list[BulkTask | None]:
-    """What became of tasks, once none of them goes on.
+def wait(link: MilvusLink, task_ids: Sequence[int], *, stall_seconds: float) -> list[BulkTask | None]:
+    """What became of tasks, once each has ended or made no progress for so long; the latter are still `running`.
+
+    A server that was killed at the wrong moment may never end a task that it had almost done: 2.3.5 does so.
 
     Raises:
-        NotReady: one goes on longer, or the server is down.
+        NotReady: the server is down.
     """
     ended = []
     for task_id in task_ids:
+        deadline, seen = link.deadline(stall_seconds), None
         while (found := task(link, task_id, deadline)) is not None and found.state == "running":
-            link.pause(_POLL_SECONDS, deadline, f"import {task_id}")
+            if found.progress != seen:
+                deadline, seen = link.deadline(stall_seconds), found.progress
+            try:
+                link.pause(_POLL_SECONDS, deadline, f"import {task_id}")
+            except NotReady:
+                break
         ended.append(found)
     return ended
 
@@ -198,13 +207,14 @@ def refusal(link: MilvusLink, folder: BulkFolder, kind: CodeKind, *, timeout_sec
         codes = np.eye(3, 64, dtype=np.float32)
     ids = np.array([5, 1 << 40, 7])
     file = f"{name}.parquet"
-    deadline = link.deadline(timeout_seconds)
     index = MilvusServerIndex.create(link, name, spec=spec, dim=64)
     try:
         folder.write(file, kind, ids, codes)
-        [ended] = wait(link, [submit(link, name, folder.server_name(file))], deadline)
-        if ended is None or ended.state == "failed":
-            return ended.reason if ended is not None else f"{link.name} does not say what became of the import"
+        [ended] = wait(link, [submit(link, name, folder.server_name(file))], stall_seconds=timeout_seconds)
+        if ended is None or ended.state == "running":
+            return f"{link.name} took a file of three codes to import and does not say that it has"
+        if ended.state == "failed":
+            return ended.reason
         make_visible(link, index, timeout_seconds=timeout_seconds)
         found = index.search(codes, 1)[0] if index.count() == len(ids) else None
         if found is None or found[:, 0].tolist() != ids.tolist():
@@ -226,7 +236,8 @@ def _task(task_id: int, found: Any) -> BulkTask:
         state = "failed"
     files = tuple(filter(None, infos.get("files", "").split(",")))
     reason = infos.get("failed_reason", "")
-    return BulkTask(task_id=task_id, state=state, rows=found.row_count, files=files, reason=reason)
+    progress = (found.state, infos.get("progress_percent", ""))
+    return BulkTask(task_id=task_id, state=state, rows=found.row_count, progress=progress, files=files, reason=reason)
 
 
 def _schema(kind: CodeKind) -> Any:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,8 @@ class CollectionImport:
         dim: d, dimension of the vectors the codes stand for.
         receipts: folder for them, shared by all processes.
         bulk: where files for bulk imports go; upserts only if not given.
-        timeout_seconds: for each step on the server: a batch of upserts, a bulk import, writing out, indexing, loading.
+        timeout_seconds: for each step on the server: a batch of upserts, writing out, indexing, loading; and for a bulk
+            import to make progress.
 
     Raises:
         InvalidRequest: the name or the sizes do not fit.
@@ -123,6 +124,8 @@ class CollectionImport:
         Raises:
             InvalidRequest: the codes are not those of the collection.
             NotFound: the collection was deleted meanwhile.
+            CorruptArtifact: an interrupted bulk import hangs on the server, so that it could still add its codes at any
+                time; collection and receipts are deleted, as by `finish`.
             StorageFull: there is no space, here or on the server.
             NotReady, Overloaded: the server is down or busy, or the folder for bulk imports cannot be written; call it
                 again.
@@ -164,13 +167,7 @@ class CollectionImport:
         on_wait("count")
         count = index.count(timeout_seconds=self._timeout_seconds)
         if count != expected:
-            drop(self._link, self.collection, timeout_seconds=self._timeout_seconds)
-            for path in self._receipts.glob("*"):
-                path.unlink(missing_ok=True)
-            raise CorruptArtifact(
-                f"the collection {self.collection!r} of {self._link.name} was counted and holds {count:,} codes, not "
-                f"{expected:,}; it is deleted, give the command again to import everything anew"
-            )
+            self._begin_anew(f"was counted and holds {count:,} codes, not {expected:,}")
         for path in self._receipts.glob("*"):
             if path.name.endswith(".started.json"):
                 self._forget(int(path.name.partition(".")[0]))
@@ -198,7 +195,11 @@ class CollectionImport:
             self._settle({"file": file})
             return False
         self._publish(self._started(number), file=file, task=task_id)
-        [ended] = wait(self._link, [task_id], self._link.deadline(self._timeout_seconds))
+        [ended] = wait(self._link, [task_id], stall_seconds=self._timeout_seconds)
+        if ended is not None and ended.state == "running":
+            raise NotReady(
+                f"{self._link.name} makes no progress with import {task_id} of {file!r}; give the command again"
+            )
         if ended is not None and ended.state == "done" and ended.rows == len(codes):
             self._failures = 0
             return True
@@ -221,7 +222,18 @@ class CollectionImport:
             task_ids = ours or [one.task_id for one in found if one.state == "running" and not one.files]
         else:
             task_ids = [task_id]
-        wait(self._link, task_ids, deadline)
+        ended = wait(self._link, task_ids, stall_seconds=self._timeout_seconds)
+        if any(one is not None and one.state == "running" for one in ended):
+            self._begin_anew("was to get a file whose import does not end")
+
+    def _begin_anew(self, why: str) -> NoReturn:
+        drop(self._link, self.collection, timeout_seconds=self._timeout_seconds)
+        for path in self._receipts.glob("*"):
+            path.unlink(missing_ok=True)
+        raise CorruptArtifact(
+            f"the collection {self.collection!r} of {self._link.name} {why}; it is deleted, give the command again to "
+            "import everything anew"
+        )
 
     def _prepared(self) -> MilvusServerIndex:
         if self._index is None:

@@ -67,7 +67,12 @@ def run_job(config: ReindexConfig, reporter: JobReporter, *, engine: Engine | No
         index = Index(root)
         home = index.catalog.home(name)
         store = held.enter_context(MilvusStore.of(config, index, name))
-        store.fill(engine, reporter)
+        try:
+            store.fill(engine, reporter)
+        except CorruptArtifact as error:
+            # The collection is gone with what was wrong with it.
+            reporter.note(str(error))
+            store.fill(engine, reporter)
         reporter.found(collection=store.collection)
         reporter.state("LOADED")
         found = audit(config.build.audit, index, name, store, engine, reporter)

@@ -23,7 +23,7 @@ from tests.milvus_process import MilvusProcess
 from trackstar.coarse import MemoryIndex
 from trackstar.code_store import CodeShard
 from trackstar.codes import CodeSpec
-from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
+from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound, NotReady
 from trackstar.milvus_alias import AliasPointer
 from trackstar.milvus_bulk import BulkFolder, refusal, submit, tasks, wait
 from trackstar.milvus_collection import collections, drop
@@ -189,7 +189,9 @@ def test_a_wrong_count_begins_anew(link: MilvusLink, tmp_path: Path) -> None:
     drop(link, "miscounted")
 
 
-@pytest.mark.parametrize("spec", [BITS, PREFIX], ids=["bits", "prefix"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(BITS, id="bits"), pytest.param(PREFIX, id="prefix", marks=pytest.mark.slow)]
+)
 def test_files_are_imported_in_bulk(
     spec: CodeSpec, link: MilvusLink, bulk: BulkFolder, milvus: MilvusProcess, tmp_path: Path
 ) -> None:
@@ -227,7 +229,7 @@ def test_what_a_crash_leaves_is_mended(link: MilvusLink, bulk: BulkFolder, tmp_p
     bulk.write("mended-2.parquet", "bits", shard_of(2).passage_ids, shard_of(2).codes)
     task_id = submit(link, "mended", bulk.server_name("mended-2.parquet"))
     left(2, file="mended-2.parquet", task=task_id)
-    wait(link, [task_id], link.deadline())
+    wait(link, [task_id], stall_seconds=60)
     # Killed in the middle of upserts.
     left(4)
     part = slice(0, SHARD // 3)
@@ -246,12 +248,32 @@ def test_what_a_crash_leaves_is_mended(link: MilvusLink, bulk: BulkFolder, tmp_p
     drop(link, "mended")
 
 
+def test_an_import_that_hangs_on_the_server_begins_anew(link: MilvusLink, bulk: BulkFolder, tmp_path: Path) -> None:
+    """It could add its codes at any time: no count would be the last word."""
+    impatient = CollectionImport(link, "hanging", spec=BITS, dim=DIM, receipts=tmp_path, bulk=bulk, timeout_seconds=0.3)
+    impatient.prepare()
+    impatient.add(1, replace_codes(shard_of(1, size=0), shard_of(1).codes[:0]), "none")
+    facts = {key: json.loads((tmp_path / "000001.json").read_text())[key] for key in ("collection", "collection_id")}
+    bulk.write("hanging.parquet", "bits", shard_of(0).passage_ids, shard_of(0).codes)
+    # Takes some two seconds, most of them without a change.
+    task_id = submit(link, "hanging", bulk.server_name("hanging.parquet"))
+    publish_json(tmp_path / "000000.started.json", {**facts, "file": "hanging.parquet", "task": task_id})
+    with pytest.raises(CorruptArtifact, match=r"'hanging'.* whose import does not end; .* give the command again"):
+        impatient.add(0, shard_of(0), digest_of(shard_of(0)))
+    assert collections(link, "hanging") == []
+    assert files(tmp_path) == {}
+    run(CollectionImport(link, "hanging", spec=BITS, dim=DIM, receipts=tmp_path))
+    assert_holds(link, "hanging")
+    drop(link, "hanging")
+
+
+@pytest.mark.slow
 def test_doubled_rows_are_noticed(link: MilvusLink, bulk: BulkFolder, tmp_path: Path) -> None:
     """What the count is for: a file imported twice behind our back is found once and counted twice."""
     work = CollectionImport(link, "doubled", spec=BITS, dim=DIM, receipts=tmp_path, bulk=bulk)
     run(work, shards=2)
     bulk.write("doubled.parquet", "bits", shard_of(1).passage_ids, shard_of(1).codes)
-    [ended] = wait(link, [submit(link, "doubled", bulk.server_name("doubled.parquet"))], link.deadline())
+    [ended] = wait(link, [submit(link, "doubled", bulk.server_name("doubled.parquet"))], stall_seconds=60)
     assert ended is not None
     assert ended.state == "done"
     bulk.remove("doubled.parquet")
@@ -362,23 +384,39 @@ def test_a_server_that_is_killed_in_the_middle(
     """The import waits for its return and goes on; the collection is that of an import without interruption."""
     shards, name = 20 if how == "upserts" else 8, f"survivor_{how}"
     with MilvusLink(milvus.access) as link:
-        work = CollectionImport(link, name, spec=BITS, dim=DIM, receipts=tmp_path, bulk=bulk if how == "bulk" else None)
+        work = CollectionImport(
+            link,
+            name,
+            spec=BITS,
+            dim=DIM,
+            receipts=tmp_path,
+            bulk=bulk if how == "bulk" else None,
+            timeout_seconds=30,
+        )
         work.prepare()
 
-        def add(numbers: range) -> None:
-            for number in work.missing(numbers):
-                work.add(number, shard_of(number), digest_of(shard_of(number)))
+        def command(numbers: range) -> None:
+            """Given again while it says so."""
+            for _ in range(10):
+                try:
+                    work.prepare()
+                    for number in work.missing(numbers):
+                        work.add(number, shard_of(number), digest_of(shard_of(number)))
+                    return
+                except (NotReady, CorruptArtifact):
+                    continue
 
         for part in (range(shards // 2), range(shards // 2, shards)):
             with ThreadPoolExecutor(1) as thread:
-                running = thread.submit(add, part)
-                while len(work.missing(part)) > len(part) - 2:
+                running = thread.submit(command, part)
+                while len(work.missing(part)) > len(part) - 2 and not running.done():
                     time.sleep(0.002)
                 # In the middle of the third shard, as a rule.
-                time.sleep(0.3 if how == "bulk" else 0.0)
+                time.sleep(1.0 if how == "bulk" else 0.0)
                 milvus.kill()
                 milvus.start()
-                running.result(120)
+                running.result(300)
+        command(range(shards))
         work.finish(shards * SHARD)
         whole = CollectionImport(link, f"{name}_whole", spec=BITS, dim=DIM, receipts=tmp_path / "whole")
         run(whole, shards=shards)
