@@ -42,9 +42,10 @@ class MilvusProcess:
 
     Args:
         folder: where its binary, configuration, data and logs go; some 500 MB.
+        bucket: of an S3 server where it stores, as Milvus's setting "minio"; the folder if not given.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bucket: dict[str, Any] | None = None) -> None:
         self.folder = folder
         self._password = secrets.token_hex(16)
         self._has_password = False
@@ -53,7 +54,7 @@ class MilvusProcess:
             self._ports = {name: _free_port(held) for name in names}
         self._process: subprocess.Popen[bytes] | None = None
         _unpack(folder)
-        _configure(folder, self._ports)
+        _configure(folder, self._ports, bucket)
 
     @property
     def access(self) -> MilvusAccess:
@@ -162,10 +163,10 @@ class MilvusProcess:
 
 
 @contextlib.contextmanager
-def milvus_server() -> Iterator[MilvusProcess]:
+def milvus_server(bucket: dict[str, Any] | None = None) -> Iterator[MilvusProcess]:
     """A running server in a temporary folder, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="trackstar-milvus-") as folder:
-        server = MilvusProcess(Path(folder))
+        server = MilvusProcess(Path(folder), bucket)
         try:
             server.start()
             yield server
@@ -199,7 +200,7 @@ def _unpack(folder: Path) -> None:
     shutil.copy(_package() / "glog.conf", folder / "configs")
 
 
-def _configure(folder: Path, ports: dict[str, int]) -> None:
+def _configure(folder: Path, ports: dict[str, int], bucket: dict[str, Any] | None) -> None:
     """Write milvus.yaml from the package's template, and etcd's own configuration, which alone can move its ports."""
     template = (_package() / "config.yaml.template").read_text()
     defaults = re.sub(r"\{\{ \w+(?:\(\w+\))?(?:: ([^}]*))? \}\}", lambda match: match.group(1) or "''", template)
@@ -211,6 +212,9 @@ def _configure(folder: Path, ports: dict[str, int]) -> None:
     config["etcd"]["config"] = {"path": str(folder / "configs" / "etcd.yaml")}
     config["etcd"]["data"]["dir"] = str(folder / "data" / "etcd")
     config["localStorage"]["path"] = str(folder / "data")
+    if bucket is not None:
+        config["common"]["storageType"] = "minio"
+        config["minio"].update(bucket)
     config["rocksmq"]["path"] = str(folder / "data" / "rocksmq")
     config["log"]["file"]["rootPath"] = str(folder / "logs")
     config["log"]["level"] = "warn"

@@ -76,6 +76,7 @@ class BulkFolder:
             raise InvalidRequest(
                 f"the folder for bulk imports {text!r} cannot be opened: {str(error).rstrip('.')}"
             ) from error
+        self._is_remote = scheme != "file"
         self._server = server.rstrip("/")
 
     def __repr__(self) -> str:
@@ -100,7 +101,15 @@ class BulkFolder:
                 for start in range(0, len(codes), step):
                     stop = start + step
                     writer.write_table(_table(kind, passage_ids[start:stop], codes[start:stop]))
-        except OSError as error:
+        # An implementation of fsspec raises what the library below it does, whose text may hold signed addresses.
+        except Exception as error:
+            if self._is_remote:
+                raise NotReady(
+                    f"{self._files.unstrip_protocol(path)!r} cannot be written ({type(error).__name__}); check the "
+                    "store, and the credentials in the environment"
+                ) from None
+            if not isinstance(error, OSError):
+                raise
             if error.errno in _FULL:
                 raise StorageFull(
                     f"no space is left to write {path!r}; free some and give the command again"
@@ -111,7 +120,7 @@ class BulkFolder:
 
     def remove(self, file: str) -> None:
         """Delete a file; what cannot be deleted is left."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception if self._is_remote else OSError):
             self._files.rm_file(f"{self._place}/{file}")
 
 

@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from tests.milvus_process import MilvusProcess
+from tests.milvus_process import MilvusProcess, milvus_server
+from tests.s3_server import BUCKET, PROGRAM, S3Server
+from trackstar.blobs import location
 from trackstar.coarse import MemoryIndex
 from trackstar.code_store import CodeShard
 from trackstar.codes import CodeSpec
@@ -317,6 +319,44 @@ def test_files_hold_what_was_written(kind: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, shard.codes)
         BulkFolder(place, "").remove("one.parquet")
         BulkFolder(place, "").remove("one.parquet")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotReady, match="cannot be written"):
+        BulkFolder(tmp_path / "file", "").write("one.parquet", spec.kind, shard.passage_ids, shard.codes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PROGRAM.exists(), reason="needs moto's server; `make env` installs it")
+def test_files_are_imported_from_a_bucket(tmp_path: Path) -> None:
+    """The server stores in a bucket, and we write into the same one by its URL."""
+    store = S3Server()
+    store.start()
+    key, secret = (store.environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
+    settings = {
+        "address": "127.0.0.1",
+        "port": int(store.endpoint.rsplit(":", 1)[1]),
+        "accessKeyID": key,
+        "secretAccessKey": secret,
+        "bucketName": BUCKET,
+        "rootPath": "milvus",
+        "useSSL": False,
+    }
+    try:
+        with milvus_server(settings) as server, MilvusLink(server.access) as link:
+            bulk = BulkFolder(f"s3://{BUCKET}/imports", "imports", storage_options=store.storage_options)
+            work = CollectionImport(link, "bucket", spec=BITS, dim=DIM, receipts=tmp_path, bulk=bulk)
+            run(work)
+            assert work.bulk_refusal is None
+            done = tasks(link, "bucket", link.deadline())
+            assert [(one.state, one.rows) for one in done] == [("done", SHARD)] * SHARDS
+            assert_holds(link, "bucket")
+            left = location(f"s3://{BUCKET}/imports", storage_options=store.storage_options)
+            assert not left.is_dir()
+    finally:
+        store.stop()
+    with pytest.raises(NotReady, match=f"'s3://{BUCKET}/imports/one.parquet' cannot be written") as caught:
+        bulk.write("one.parquet", "bits", shard_of(0).passage_ids, shard_of(0).codes)
+    assert secret not in str(caught.value)
+    bulk.remove("one.parquet")
 
 
 CHILD = """
