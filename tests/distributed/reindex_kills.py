@@ -199,8 +199,8 @@ class World:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            # Ray Data's tasks and actors; not Ray's own agents, which take their node with them.
-            if title.startswith("ray::Map"):
+            # Tasks and actors; not Ray's own agents, which take their node with them.
+            if title.startswith("ray::") and "IDLE" not in title and "Agent" not in title:
                 yield process
 
     def files(self, name: str) -> dict[str, bytes]:
