@@ -5,11 +5,12 @@ Milvus server, and `MemoryIndex` here scans codes in memory and is exact, so it 
 An index maps passage ids to codes; it knows no rows, texts or generations, and its order is final only after the exact
 rerank.
 
-Legend: N codes, Q queries, L candidates, k coordinates of a code, w numbers that hold one.
+Legend: N codes, Q queries, q of them at once, L candidates, k coordinates of a code, w 64-bit words that hold one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 from trackstar.codes import CodeKind, CodeSpec, check_size, padded_dim
 from trackstar.errors import InvalidRequest
 
-# Codes compared at once: a block of them, its XOR and its bit counts stay within a processor's cache.
-_BLOCK_BYTES = 1 << 20
-# Estimated cosines held at once while searching a batch of queries.
+# Codes compared at once: the XOR of a word of each, its bit counts and their sums stay within a processor's cache.
+_BLOCK_CODES = 1 << 15
+# Estimates held at once while searching a batch of queries.
 _MAX_SCORES = 1 << 25
+# Positions of codes and their estimated cosines, best first.
+_Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class CoarseIndex(Protocol):
@@ -75,10 +78,11 @@ class MemoryIndex:
         check_size(spec.size, dim)
         self._spec = spec
         self._cosine_per_dot = np.float32(padded_dim(dim) / spec.size)
-        # A bits code is kept as whole 64-bit words, zero-padded: equal padding never counts in a Hamming distance.
-        width, dtype = (-(-spec.size // 64), np.uint64) if spec.kind == "bits" else (spec.size, np.float32)
+        # A bits code is kept as whole 64-bit words, zero-padded: equal padding never counts in a Hamming distance. They
+        # lie word by word, so that sums of bit counts run along codes and not across one, which is slow.
+        self._words = -(-spec.size // 64)
         self._ids_N: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._codes_Nw: NDArray[Any] = np.empty((0, width), dtype=dtype)
+        self._codes: NDArray[Any] = self._empty(0)
         self._pending: list[tuple[NDArray[np.int64], NDArray[Any]]] = []
         self._closed = False
 
@@ -87,7 +91,7 @@ class MemoryIndex:
         self._check_open()
         check_ids(passage_ids, len(codes))
         check_codes(self._spec.kind, self._spec.size, codes)
-        self._pending.append((passage_ids.copy(), self._stored(codes)))
+        self._pending.append((passage_ids.copy(), np.array(codes, order="C")))
 
     def search(
         self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
@@ -103,15 +107,11 @@ class MemoryIndex:
         cosines_QL = np.empty((num_queries, limit), dtype=np.float32)
         if limit == 0:
             return ids_QL, cosines_QL
-        estimate = self._estimate_bits if self._spec.kind == "bits" else self._estimate_prefix
-        queries_Qw = self._stored(codes)
+        find = self._nearest if self._spec.kind == "bits" else self._largest
         step = max(1, _MAX_SCORES // num)
         for start in range(0, num_queries, step):
-            cosines_qN = estimate(queries_Qw[start : start + step])
-            for offset, cosines_N in enumerate(cosines_qN):
-                best_L = _best(cosines_N, limit)
-                ids_QL[start + offset] = self._ids_N[best_L]
-                cosines_QL[start + offset] = cosines_N[best_L]
+            for query, (best_L, cosines_L) in enumerate(find(codes[start : start + step], limit), start):
+                ids_QL[query], cosines_QL[query] = self._ids_N[best_L], cosines_L
         return ids_QL, cosines_QL
 
     def count(self) -> int:
@@ -124,27 +124,45 @@ class MemoryIndex:
         """See `CoarseIndex.close`."""
         self._closed = True
         self._pending = []
-        self._ids_N, self._codes_Nw = self._ids_N[:0].copy(), self._codes_Nw[:0].copy()
+        self._ids_N, self._codes = self._ids_N[:0].copy(), self._empty(0)
 
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidRequest("the coarse index is closed; make a new one")
 
-    def _stored(self, codes: NDArray[Any]) -> NDArray[Any]:
-        """An own copy of the codes in the form the scan reads."""
-        if self._spec.kind == "prefix":
-            return np.array(codes, order="C")
-        padded = np.zeros((len(codes), 8 * self._codes_Nw.shape[1]), dtype=np.uint8)
+    def _empty(self, num: int) -> NDArray[Any]:
+        """Room for codes: uint64 [w, N] of bits, float32 [N, k] of a prefix."""
+        if self._spec.kind == "bits":
+            return np.empty((self._words, num), dtype=np.uint64)
+        return np.empty((num, self._spec.size), dtype=np.float32)
+
+    def _by_code(self, codes: NDArray[Any]) -> NDArray[Any]:
+        """The same memory with one code in each row."""
+        return codes.T if self._spec.kind == "bits" else codes
+
+    def _words_of(self, codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """Codes of bits as they are given, as words [., w]."""
+        padded = np.zeros((len(codes), 8 * self._words), dtype=np.uint8)
         padded[:, : codes.shape[1]] = codes
         return padded.view(np.uint64)
 
     def _merge(self) -> None:
-        """Take in what was added: ids ascending, of several codes of one id the last."""
+        """Take in what was added: ids ascending, of several codes of one id the last.
+
+        What was added is let go piece by piece, so that codes that come in order are held once and a little.
+        """
         if not self._pending:
             return
         ids = np.concatenate([self._ids_N, *(ids for ids, _ in self._pending)])
-        codes = np.concatenate([self._codes_Nw, *(codes for _, codes in self._pending)])
-        self._pending = []
+        merged, at = self._empty(len(ids)), len(self._ids_N)
+        self._by_code(merged)[:at] = self._by_code(self._codes)
+        self._codes = self._empty(0)
+        self._pending.reverse()
+        while self._pending:
+            _, codes = self._pending.pop()
+            stored = self._words_of(codes) if self._spec.kind == "bits" else codes
+            self._by_code(merged)[at : at + len(codes)] = stored
+            at += len(codes)
         order = np.argsort(ids, kind="stable")
         sorted_ids = ids[order]
         is_last = np.ones(len(ids), dtype=np.bool_)
@@ -152,28 +170,47 @@ class MemoryIndex:
         kept = order[is_last]
         self._ids_N = ids[kept]
         # Passages come in order as a rule, and then their codes need not be copied once more.
-        self._codes_Nw = codes if np.array_equal(kept, np.arange(len(ids))) else codes[kept]
+        if not np.array_equal(kept, np.arange(len(ids))):
+            self._codes = self._empty(len(kept))
+            self._by_code(self._codes)[:] = self._by_code(merged)[kept]
+        else:
+            self._codes = merged
 
-    def _estimate_prefix(self, queries_qk: NDArray[Any]) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = queries_qk @ self._codes_Nw.T
-        return scores * self._cosine_per_dot
+    def _largest(self, queries_qk: NDArray[Any], limit: int) -> Iterator[_Found]:
+        """Positions and cosines of the best `limit` prefixes for each query, in the contract's order."""
+        cosines_qN = (queries_qk @ self._codes.T) * self._cosine_per_dot
+        for cosines_N in cosines_qN:
+            best_L = _best(cosines_N, limit)
+            yield best_L, cosines_N[best_L]
 
-    def _estimate_bits(self, queries_qw: NDArray[Any]) -> NDArray[np.float32]:
-        num, words = self._codes_Nw.shape
+    def _nearest(self, queries_qb: NDArray[Any], limit: int) -> Iterator[_Found]:
+        """The same of bits."""
         cosine_of = np.cos(np.pi * np.arange(self._spec.size + 1) / self._spec.size).astype(np.float32)
-        cosines_qN = np.empty((len(queries_qw), num), dtype=np.float32)
-        step = max(1, _BLOCK_BYTES // (8 * words))
-        differing = np.empty((min(step, num), words), dtype=np.uint64)
+        for hamming_N in self._hamming(self._words_of(queries_qb)):
+            # Beside 1 and -1, several distances have one cosine in float32: all of the last one's are let in.
+            last = cosine_of[np.partition(hamming_N, limit - 1)[limit - 1]]
+            furthest = len(cosine_of) - 1 - int(np.searchsorted(cosine_of[::-1], last))
+            near = np.flatnonzero(hamming_N <= furthest)
+            cosines = cosine_of[hamming_N[near]]
+            order = np.argsort(-cosines, kind="stable")[:limit]
+            yield near[order], cosines[order]
+
+    def _hamming(self, queries_qw: NDArray[np.uint64]) -> NDArray[Any]:
+        """Hamming distances [q, N] of the codes."""
+        num = self._codes.shape[1]
+        hamming_qN = np.zeros((len(queries_qw), num), dtype=np.uint16 if self._spec.size < 1 << 16 else np.uint32)
+        differing = np.empty(min(_BLOCK_CODES, num), dtype=np.uint64)
         counts = np.empty(differing.shape, dtype=np.uint8)
-        for start in range(0, num, step):
-            block = self._codes_Nw[start : start + step]
-            size = len(block)
-            for query, cosines_N in zip(queries_qw, cosines_qN, strict=True):
-                np.bitwise_xor(block, query, out=differing[:size])
-                np.bitwise_count(differing[:size], out=counts[:size])
-                hamming = np.add.reduce(counts[:size], axis=1, dtype=np.uint32)
-                cosines_N[start : start + size] = cosine_of[hamming]
-        return cosines_qN
+        for start in range(0, num, _BLOCK_CODES):
+            block_wn = self._codes[:, start : start + _BLOCK_CODES]
+            size = block_wn.shape[1]
+            for query_w, hamming_N in zip(queries_qw, hamming_qN, strict=True):
+                sums = hamming_N[start : start + size]
+                for word, codes_n in zip(query_w, block_wn, strict=True):
+                    np.bitwise_xor(codes_n, word, out=differing[:size])
+                    np.bitwise_count(differing[:size], out=counts[:size])
+                    np.add(sums, counts[:size], out=sums)
+        return hamming_qN
 
 
 def check_ids(passage_ids: NDArray[Any], num_codes: int) -> None:

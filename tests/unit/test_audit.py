@@ -270,6 +270,7 @@ def test_rows_and_queries_are_taken_some_at_a_time(
     dual_Qd = duals(opened, range(20))
     whole = Reranker(opened.rows, opened.generation).scan(dual_Qd, signs=SIGNS, k=PASSAGES)
     monkeypatch.setattr(exact, "_CHUNK_BYTES", 4 * opened.rows.dim * chunk_rows)
+    monkeypatch.setattr(exact, "_CHUNK_ROWS", 1)
     monkeypatch.setattr(exact, "_MAX_SCORES", SHARD * queries)
     parts = Reranker(opened.rows, opened.generation).scan(dual_Qd, signs=SIGNS, k=PASSAGES)
     assert len(parts) == 20
