@@ -1,6 +1,6 @@
 """Reads pieces of many files into memory that the caller owns: rows, wherever they lie.
 
-    LocalRanges     positioned reads without read-ahead
+    LocalRanges     positioned reads without read-ahead, of a bounded number of open files
     RemoteRanges    ranged requests to an object store: neighbours joined, large pieces split, several at once
 
 Contract: a piece is (file, offset, writable memory); the answer is how many bytes each got, fewer where a file ends
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -23,6 +25,8 @@ from trackstar.object_store import REQUEST_BYTES, ObjectStore
 Place = TypeVar("Place", contravariant=True)
 # At most so many unwanted bytes between two pieces that one request reads; less than a round trip costs.
 _GAP_BYTES = 256 << 10
+# Files that stay open; a reader has one for rows, and other readers may have theirs in the same process.
+_OPEN_FILES = 256
 
 
 class RangeReader(Protocol[Place]):
@@ -40,12 +44,23 @@ class RangeReader(Protocol[Place]):
         """Close the open files."""
 
 
+@dataclass(slots=True)
+class _OpenFile:
+    """A descriptor, and how many threads read from it now."""
+
+    descriptor: int
+    readers: int = 0
+
+
 class LocalRanges:
-    """Positioned reads; every file is opened once."""
+    """Positioned reads; files stay open, but of many only those that were read last.
+
+    Systems give a process a thousand open files or so, and an index may have a million shards.
+    """
 
     def __init__(self) -> None:
-        self._files: dict[Path, int] = {}
-        self._opening = threading.Lock()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read_into(self, pieces: Sequence[tuple[Path, int, memoryview]]) -> list[int]:
         """See `RangeReader.read_into`."""
@@ -53,14 +68,15 @@ class LocalRanges:
 
     def close(self) -> None:
         """Close the open files."""
-        with self._opening:
-            for descriptor in self._files.values():
-                os.close(descriptor)
+        with self._lock:
+            for file in self._files.values():
+                os.close(file.descriptor)
             self._files.clear()
 
     def _read_one(self, path: Path, offset: int, view: memoryview) -> int:
         try:
-            return os.preadv(self._descriptor(path), [view], offset)
+            with self._opened(path) as descriptor:
+                return os.preadv(descriptor, [view], offset)
         except FileNotFoundError as error:
             raise NotFound(f"there is no {str(path)!r}") from error
         except OSError as error:
@@ -68,14 +84,36 @@ class LocalRanges:
                 f"{str(path)!r} cannot be read now ({error.strerror}); the same request can succeed once it can be"
             ) from error
 
-    def _descriptor(self, path: Path) -> int:
-        found = self._files.get(path)
-        if found is None:
-            with self._opening:
-                found = self._files.get(path)
-                if found is None:
-                    found = self._files[path] = self._open(path)
-        return found
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        """A descriptor of a file, open for the time of the block at least."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                file.readers += 1
+                self._files.move_to_end(path)
+        if file is None:
+            # Not under the lock, which would keep others from what is open already.
+            file = self._kept(path, self._open(path))
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.readers -= 1
+
+    def _kept(self, path: Path, descriptor: int) -> _OpenFile:
+        """The file's place among the open ones, in use; those that were not used longest make room."""
+        with self._lock:
+            file = self._files.setdefault(path, _OpenFile(descriptor))
+            if file.descriptor != descriptor:
+                # Another thread was faster.
+                os.close(descriptor)
+            file.readers += 1
+            self._files.move_to_end(path)
+            idle = [old for old in self._files if not self._files[old].readers]
+            for old in idle[: max(0, len(self._files) - _OPEN_FILES)]:
+                os.close(self._files.pop(old).descriptor)
+            return file
 
     @staticmethod
     def _open(path: Path) -> int:

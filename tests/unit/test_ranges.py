@@ -109,6 +109,27 @@ def test_threads_open_every_local_file_once(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_open_local_files_are_bounded_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "_OPEN_FILES", 3)
+    for number in range(20):
+        (tmp_path / f"{number}").write_bytes(bytes([number]) * 10)
+    before = len(os.listdir("/proc/self/fd"))
+    reader, threads = LocalRanges(), 8
+
+    def work(seed: int) -> None:
+        for number in np.random.default_rng(seed).integers(0, 20, 200).tolist():
+            buffer = bytearray(4)
+            assert reader.read_into([(tmp_path / f"{number}", 2, memoryview(buffer))]) == [4]
+            assert buffer == bytes([number]) * 4
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    work(0)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_each_keeps_the_order_and_stops_at_the_first_error(remote: RemotePath, folder: Path) -> None:
     for place in (remote, folder):
         assert each(place, lambda item: item * item, range(50)) == [item * item for item in range(50)]
