@@ -60,15 +60,19 @@ class Index:
             )
         )
 
-    def rows(self, name: str | None = None) -> RowStore:
-        """The rows that a generation stands on; those of all finished parts if none is named.
+    def rows(self, name: str | None = None, *, retired: bool = False) -> RowStore:
+        """The rows that a generation stands on; those of all finished parts if none is named. `retired`: see `Catalog`.
 
         Raises:
             NotFound: no generation of that name.
             NotReady: there are no finished rows.
         """
         folder = self.root / "rows"
-        return RowStore(folder) if name is None else open_rows(folder, read_facts(self.catalog.home(name)))
+        return (
+            RowStore(folder)
+            if name is None
+            else open_rows(folder, read_facts(self.catalog.home(name, retired=retired)))
+        )
 
     def generation_names(self) -> list[str]:
         """Names of the finished generations."""
@@ -82,14 +86,22 @@ class Index:
         """
         return self.catalog.active()
 
-    def generation(self, name: str | None = None, *, rows: RowStore | None = None, searched: bool = True) -> Generation:
-        """Open a generation, the active one by default; `searched` as of `Generation`.
+    def generation(
+        self,
+        name: str | None = None,
+        *,
+        rows: RowStore | None = None,
+        searched: bool = True,
+        retired: bool = False,
+    ) -> Generation:
+        """Open a generation, the active one by default; `searched` as of `Generation`, `retired` as of `Catalog.home`.
 
         Raises:
             NotFound: no generation of that name.
         """
         name = name or self.active()
-        return Generation(self.catalog.home(name), rows or self.rows(name), self.layout, searched=searched)
+        home = self.catalog.home(name, retired=retired)
+        return Generation(home, rows or self.rows(name, retired=retired), self.layout, searched=searched)
 
     def load_model(
         self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False
