@@ -205,8 +205,8 @@ def check_identity(root: Location, identity: dict[str, Any]) -> None:
     if path.is_file():
         for key, then, now in differences(read_json(path), identity, ""):
             raise Incompatible(
-                f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
-                "another --out"
+                f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or build "
+                "into another folder"
             )
     elif isinstance(root, Path) and root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
@@ -240,9 +240,11 @@ def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]
     if isinstance(then, list) and isinstance(now, list):
         then, now = dict(enumerate(then)), dict(enumerate(now))
     if isinstance(then, dict) and isinstance(now, dict):
+        # A fingerprint differs with anything else beside it, and says least.
+        keys = sorted(then.keys() | now.keys(), key=lambda key: (key == "fingerprint", key))
         return [
             difference
-            for key in sorted(then.keys() | now.keys())
+            for key in keys
             for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if then == now else [(prefix, then, now)]
