@@ -161,7 +161,6 @@ class Load:
         while sum(item.generation == generation for item in self.answers[first:]) < answers and not self.failures:
             assert time.monotonic() < until, f"{generation} does not answer"
             time.sleep(0.02)
-        print(time.monotonic(), generation, len(self.answers))
         self.check()
 
     def wait_without(self, *generations: str, seconds: float = 60.0) -> None:
