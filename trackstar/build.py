@@ -48,7 +48,7 @@ from trackstar.passages import begin_token
 from trackstar.prepare import PrepareWorker
 from trackstar.prepare import default_shard_passages as default_shard_passages
 from trackstar.queries import read_queries, tokenize
-from trackstar.row_shards import Receipt, complete_part, finished_shards, read_part, read_receipt, stem
+from trackstar.row_shards import Receipt, complete_part, finished_shards, purged_shards, read_part, read_receipt, stem
 from trackstar.rows import RowStore
 from trackstar.runs import (
     Outline,
@@ -194,7 +194,7 @@ class Build:
                 key = name if number == 0 else f"append.{number - 1}{name.removeprefix('corpus')}"
                 raise Incompatible(
                     f"{str(self.root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or "
-                    "give another --out"
+                    "build into another folder"
                 )
             return plan
         files = missing_outlines(self._rows, number, corpus.num_files)
@@ -291,6 +291,13 @@ class Build:
             except CorruptArtifact:
                 self.progress.note(f"building shard {shard} again, its files are not what was written")
                 path.unlink()
+        for shard, version in purged_shards(self._rows):
+            path = stem(self._rows, shard, version).with_suffix(".json")
+            try:
+                RowStore.verify_files(path, read_json(path))
+            except CorruptArtifact:
+                self.progress.note(f"purging shard {shard} again, its files are not what was written")
+                path.unlink()
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -298,7 +305,9 @@ class Build:
         """What the generation is, and which passages it leaves out."""
         parts = len(self.config.corpora)
         before = self._active_facts()
-        base = {int(shard): version for shard, version in before.get("versions", {}).items()}
+        versions = {int(shard): version for shard, version in before.get("versions", {}).items()}
+        # One that is not there any more is purged again, from the shard that was encoded.
+        base = {shard: version for shard, version in versions.items() if read_receipt(self._rows, shard, version)}
         rows = RowStore(self._rows, parts=parts, versions=base)
         excluded = np.empty(0, dtype=np.int64)
         # What was purged once stays away: its old shards may be gone.

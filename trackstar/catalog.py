@@ -74,20 +74,23 @@ class Catalog:
 
     def finished(self) -> list[str]:
         """Names of the finished generations that were not retired, sorted."""
-        finished = {path.parent.name for path in self.generations.glob("*/generation.json")}
-        return sorted(finished - {path.parent.name for path in self.generations.glob(f"*/{RETIRED}")})
+        return sorted(self._complete() - {path.parent.name for path in self.generations.glob(f"*/{RETIRED}")})
 
     def names(self) -> list[str]:
         """Names of all generations, sorted; those that are being built too."""
         return sorted(path.name for path in self.generations.glob("*") if path.is_dir())
 
-    def home(self, name: str) -> Location:
+    def home(self, name: str, *, retired: bool = False) -> Location:
         """Folder of a finished generation.
+
+        Args:
+            name: the generation's.
+            retired: whether one that was retired, and not collected yet, is meant too.
 
         Raises:
             NotFound: no finished generation of that name.
         """
-        known = self.finished()
+        known = sorted(self._complete()) if retired else self.finished()
         if name not in known:
             raise NotFound(
                 f"{str(self.root)!r} has no generation {name!r}; it has {', '.join(known) or 'none'}",
@@ -167,6 +170,10 @@ class Catalog:
     def generations(self) -> Location:
         """The folder of all generations."""
         return self.root / "generations"
+
+    def _complete(self) -> set[str]:
+        """Names of the finished generations, retired or not."""
+        return {path.parent.name for path in self.generations.glob("*/generation.json")}
 
     def _config_digest(self, content: dict[str, Any]) -> str:
         # Where things lay when it was built decides nothing.

@@ -60,15 +60,19 @@ class Index:
             )
         )
 
-    def rows(self, name: str | None = None) -> RowStore:
-        """The rows that a generation stands on; those of all finished parts if none is named.
+    def rows(self, name: str | None = None, *, retired: bool = False) -> RowStore:
+        """The rows that a generation stands on; those of all finished parts if none is named. `retired`: see `Catalog`.
 
         Raises:
             NotFound: no generation of that name.
             NotReady: there are no finished rows.
         """
         folder = self.root / "rows"
-        return RowStore(folder) if name is None else open_rows(folder, read_facts(self.catalog.home(name)))
+        return (
+            RowStore(folder)
+            if name is None
+            else open_rows(folder, read_facts(self.catalog.home(name, retired=retired)))
+        )
 
     def generation_names(self) -> list[str]:
         """Names of the finished generations."""
@@ -82,14 +86,22 @@ class Index:
         """
         return self.catalog.active()
 
-    def generation(self, name: str | None = None, *, rows: RowStore | None = None, searched: bool = True) -> Generation:
-        """Open a generation, the active one by default; `searched` as of `Generation`.
+    def generation(
+        self,
+        name: str | None = None,
+        *,
+        rows: RowStore | None = None,
+        searched: bool = True,
+        retired: bool = False,
+    ) -> Generation:
+        """Open a generation, the active one by default; `searched` as of `Generation`, `retired` as of `Catalog.home`.
 
         Raises:
             NotFound: no generation of that name.
         """
         name = name or self.active()
-        return Generation(self.catalog.home(name), rows or self.rows(name), self.layout, searched=searched)
+        home = self.catalog.home(name, retired=retired)
+        return Generation(home, rows or self.rows(name, retired=retired), self.layout, searched=searched)
 
     def load_model(
         self, path: str | Path | None = None, *, device: str = "cpu", trust_remote_code: bool = False
@@ -193,8 +205,8 @@ def check_identity(root: Location, identity: dict[str, Any]) -> None:
     if path.is_file():
         for key, then, now in differences(read_json(path), identity, ""):
             raise Incompatible(
-                f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or give "
-                "another --out"
+                f"{str(root)!r} was started with {key} = {then!r}, this command has {now!r}; use the same or build "
+                "into another folder"
             )
     elif isinstance(root, Path) and root.exists() and not root.is_dir():
         raise InvalidRequest(f"{str(root)!r} is not a folder; give another --out")
@@ -228,9 +240,11 @@ def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]
     if isinstance(then, list) and isinstance(now, list):
         then, now = dict(enumerate(then)), dict(enumerate(now))
     if isinstance(then, dict) and isinstance(now, dict):
+        # A fingerprint differs with anything else beside it, and says least.
+        keys = sorted(then.keys() | now.keys(), key=lambda key: (key == "fingerprint", key))
         return [
             difference
-            for key in sorted(then.keys() | now.keys())
+            for key in keys
             for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if then == now else [(prefix, then, now)]

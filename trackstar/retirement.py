@@ -80,6 +80,8 @@ def collect(catalog: Catalog) -> list[Garbage]:
         found = garbage(catalog)
         for item in found:
             if item.path.is_dir():
+                # First what makes it a generation: half of one must not be served if this is interrupted.
+                (item.path / "generation.json").unlink(missing_ok=True)
                 shutil.rmtree(item.path)
             else:
                 item.path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ _RECEIPTS = pa.schema(
         ("version", pa.string()),
     ]
 )
-_RECEIPT_NAME = re.compile(r"(\d{6,})\.json")
+_RECEIPT_NAME = re.compile(r"(\d{6,})(?:-(\w+))?\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +195,12 @@ def not_a_receipt(path: Location) -> CorruptArtifact:
 
 def finished_shards(folder: Location) -> list[int]:
     """Numbers of the shards that have a receipt, ascending; one look at the folder, whatever their number."""
-    names = folder.store.names(folder.key) if isinstance(folder, RemotePath) else _names(folder)
-    return sorted(int(match[1]) for name in names if (match := _RECEIPT_NAME.fullmatch(name)))
+    return sorted(shard for shard, version in _receipts(folder) if not version)
+
+
+def purged_shards(folder: Location) -> list[tuple[int, str]]:
+    """Numbers and versions of the shards that were purged, ascending."""
+    return sorted((shard, version) for shard, version in _receipts(folder) if version)
 
 
 def complete_part(
@@ -301,6 +305,12 @@ def starts_of(counts: Iterable[int]) -> NDArray[np.int64]:
     counts_S = np.fromiter(counts, dtype=np.int64)
     starts: NDArray[np.int64] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts_S)])
     return starts
+
+
+def _receipts(folder: Location) -> Iterator[tuple[int, str]]:
+    """Shards and versions that have a receipt; "" for the version that was encoded."""
+    names = folder.store.names(folder.key) if isinstance(folder, RemotePath) else _names(folder)
+    return ((int(match[1]), match[2] or "") for name in names if (match := _RECEIPT_NAME.fullmatch(name)))
 
 
 def _part_path(folder: Location, number: int) -> Location:

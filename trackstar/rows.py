@@ -46,7 +46,7 @@ from trackstar.storage import file_digest
 
 _HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _MAX_HEADER = 1 << 20
-_AGAIN = "give the index command again with --verify to build this shard anew"
+_AGAIN = "give the index command again with --verify, or the job with verify: true, to build this shard anew"
 # Of the sidecars in an object store, the footers that are kept; those of local files are read each time.
 _KEPT_FOOTERS = 1024
 # What tells a local file from another, or from itself before it was written to: device, inode, size, time in ns.

@@ -103,7 +103,8 @@ class EncoderCore:
         self._max_tokens = max_tokens
         self._model = model
         self._observer = observer or Unobserved()
-        self._generations = OpenedGenerations(lambda name: index.generation(name, searched=False))
+        # Which generations are served is for the gateway to say: calls may hold one that was retired a moment ago.
+        self._generations = OpenedGenerations(lambda name: index.generation(name, searched=False, retired=True))
         self._batcher: TokenBatcher[_Job, tuple[Dual, NDArray[np.generic]]] = TokenBatcher(
             self._run, max_tokens=index.facts["max_batch_tokens"], max_waiting_tokens=max_waiting_tokens
         )

@@ -6,6 +6,7 @@ opened after the last call; a folder without an active generation serves too, an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 
@@ -22,7 +23,10 @@ from services.gateway.trace_service import TraceService
 from trackstar.audit_record import read_audit
 from trackstar.catalog import Catalog, GenerationFacts
 from trackstar.coarse import CoarseIndex
+from trackstar.errors import TrackstarError
 from trackstar.v1 import generation_pb2, generation_pb2_grpc, job_pb2, job_pb2_grpc, trace_pb2, trace_pb2_grpc
+
+_LOG = logging.getLogger(__name__)
 
 _TRACES = trace_pb2.DESCRIPTOR.services_by_name["TraceService"]
 _GENERATIONS = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
@@ -93,7 +97,11 @@ async def serving(
 def _show(metrics: GatewayMetrics, catalog: Catalog, facts: GenerationFacts) -> None:
     """The generation that answers now, and its last audit, as metrics."""
     metrics.generation(facts.name, facts.checkpoint_digest)
-    metrics.audit(read_audit(catalog.home(facts.name)))
+    try:
+        metrics.audit(read_audit(catalog.home(facts.name, retired=True)))
+    except TrackstarError as error:
+        # What answers does not hang on what is shown of it.
+        _LOG.warning("the audit of generation %s cannot be shown: %s", facts.name, error)
 
 
 class _Observer:

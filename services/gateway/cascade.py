@@ -111,8 +111,9 @@ class Cascade:
         stages, page = Stages(context, self._observer), page or Page()
         known: dict[int, common_pb2.Passage] = {}
         try:
-            ranked = self._recent.get(generation.name, asked.digest)
-            if ranked is None:
+            # A first page is ranked anew, so that it holds nothing that was deleted since.
+            ranked = self._recent.get(generation.name, asked.digest) if page.offset else None
+            if is_new := ranked is None:
                 encoded = await self._encode(asked, generation, stages)
                 yield Part(
                     encoded=trace_pb2.EncodedStage(
@@ -134,8 +135,11 @@ class Cascade:
                 if asked.page_size < asked.k:
                     self._recent.put(generation.name, asked.digest, ranked)
             page.more = not ranked.rankings.ends_at(page.offset + asked.page_size)
+            places = ranked.rankings.page(page.offset, asked.page_size)
+            if not is_new:
+                places = await self._without_deleted(asked, generation, ranked, places, stages)
             left_out: list[str] = []
-            async for part in self._explain(asked, generation, ranked, page.offset, known, stages, left_out):
+            async for part in self._explain(asked, generation, ranked, places, known, stages, left_out):
                 yield Part(evidence=part)
             yield Part(
                 done=trace_pb2.DoneStage(
@@ -252,7 +256,7 @@ class Cascade:
     ) -> trace_pb2.RerankedStage:
         rankings = ranked.rankings
         places = rankings.page(0, asked.k)
-        await self._read(generation, [place.passage_id for place in places], known, stages)
+        await self._read(generation, ranked, [place.passage_id for place in places], known, stages)
         part = trace_pb2.RerankedStage(
             background=rankings.background, candidates_examined=rankings.examined, final=ranked.final
         )
@@ -265,13 +269,12 @@ class Cascade:
         asked: AskedTrace,
         generation: ServedGeneration,
         ranked: _Ranked,
-        offset: int,
+        places: Sequence[Place],
         known: dict[int, common_pb2.Passage],
         stages: Stages,
         left_out: list[str],
     ) -> AsyncIterator[trace_pb2.EvidenceStage]:
         """The page's passages with their evidence; what there is no evidence of is added to `left_out`."""
-        places = ranked.rankings.page(offset, asked.page_size)
         wanted = asked.evidence.tokens or asked.evidence.blocks or asked.evidence.overlap
         size = _EXPLAINED_AT_ONCE if wanted else max(1, len(places))
         for start in range(0, max(1, len(places)), size):
@@ -283,7 +286,7 @@ class Cascade:
                     evidence = await self._evidence(asked, generation, ranked, ids, known, stages)
                 except (DeadlineExceeded, NotReady, Overloaded) as error:
                     left_out.append(f"evidence of {len(places) - start} of {len(places)} passages: {error}")
-            await self._read(generation, ids, known, stages)
+            await self._read(generation, ranked, ids, known, stages)
             part = trace_pb2.EvidenceStage()
             for place in chunk:
                 _end_of(part, asked, place).append(place.influence(known, ranked.rankings.background, evidence))
@@ -316,9 +319,38 @@ class Cascade:
         known.update({passage_id: item.passage for passage_id, item in found.items()})
         return {passage_id: item.evidence for passage_id, item in found.items()}
 
+    async def _without_deleted(
+        self,
+        asked: AskedTrace,
+        generation: ServedGeneration,
+        ranked: _Ranked,
+        places: Sequence[Place],
+        stages: Stages,
+    ) -> list[Place]:
+        """Places of a ranking made earlier whose passages may still be shown; a page is then shorter than others."""
+        ids = [[place.passage_id for place in places if place.end == end] for end in range(len(asked.opponents))]
+        which = [end for end, found in enumerate(ids) if found]
+        if not which:
+            return []
+        request = reranker_pb2.RerankRequest(
+            generation=generation.name,
+            dual=ranked.dual,
+            ends=[rerank_end(np.array(ids[end], dtype=np.int64), opponents=asked.opponents[end]) for end in which],
+            k=asked.page_size,
+        )
+        response = await stages.run(
+            "rerank",
+            "scoring the passages",
+            lambda seconds: self._reranker.rerank(request, timeout_seconds=seconds),
+        )
+        left = Rankings.empty(len(ids)).merged(response, which, asked.opponents, k=asked.page_size)
+        kept = {(end, passage_id) for end, found in enumerate(left.ids) for passage_id in found.tolist()}
+        return [place for place in places if (place.end, place.passage_id) in kept]
+
     async def _read(
         self,
         generation: ServedGeneration,
+        ranked: _Ranked,
         ids: Sequence[int],
         known: dict[int, common_pb2.Passage],
         stages: Stages,
@@ -326,11 +358,12 @@ class Cascade:
         """Read passages that are not known yet."""
         missing = [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in known]
         if missing:
-            request = reranker_pb2.ReadPassagesRequest(generation=generation.name, passage_ids=missing)
+            # Reading by id would refuse what was deleted since it was ranked, and with it the whole call.
+            request = reranker_pb2.ExplainRequest(generation=generation.name, dual=ranked.dual, passage_ids=missing)
             response = await stages.run(
                 "evidence",
                 "reading the passages",
-                lambda seconds: self._reranker.read_passages(request, timeout_seconds=seconds),
+                lambda seconds: self._reranker.explain(request, timeout_seconds=seconds),
                 budget="passages",
             )
             known.update({item.passage.passage_id: item.passage for item in response.passages})

@@ -49,11 +49,13 @@ class ServedGeneration:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Entry:
-    """An open generation, and how many calls hold it. `retired`: to be closed when none does."""
+    """An open generation, and how many calls hold it. `retired`: to be closed when none does; `gone`: for no new call,
+    because the index does not have it any more."""
 
     served: ServedGeneration
     holders: int = 0
     retired: bool = False
+    gone: bool = False
 
 
 class Pointer(Protocol):
@@ -205,9 +207,7 @@ class Generations:
             return await self._read(lambda: self._catalog.describe(name))
         except NotFound as error:
             # The catalog names folders and other generations, which are not for every caller.
-            raise NotFound(
-                f"there is no generation {name!r}; it may have been retired", kind="generation", name=name
-            ) from error
+            raise _gone(name) from error
 
     async def _active_name(self) -> str:
         if self._active is None:
@@ -243,7 +243,8 @@ class Generations:
     async def _forget_removed(self) -> None:
         names = await self._read(self._catalog.finished)
         for name, entry in list(self._open.items()):
-            if name not in names and name != self._active:
+            entry.gone = name not in names and name != self._active
+            if entry.gone:
                 self._retire(entry)
 
     def _switch(self, name: str) -> str | None:
@@ -251,7 +252,7 @@ class Generations:
         previous, self._active = self._active, name
         if previous is not None and previous != name and previous in self._open:
             self._retire(self._open[previous])
-        self._open[name].retired = False
+        self._open[name].retired = self._open[name].gone = False
         if previous != name:
             self._on_active(self._open[name].served.facts)
         return previous
@@ -269,6 +270,8 @@ class Generations:
                 task = self._opening[name] = asyncio.create_task(self._open_one(name))
             # A caller that leaves must not end what others wait for.
             await asyncio.shield(task)
+        if entry.gone:
+            raise _gone(name)
         self._open[name] = self._open.pop(name)
         entry.holders += 1
         return entry
@@ -300,6 +303,8 @@ class Generations:
     async def _open_one(self, name: str) -> None:
         try:
             facts = await self._describe(name)
+            if facts.state == "retired":
+                raise _gone(name)
             if facts.spec is None:
                 raise NotReady(f"generation {name!r} is still being built")
             index = await self._read(lambda: self._open_coarse(facts))
@@ -318,3 +323,7 @@ class Generations:
 
     async def _read(self, work: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._reading, work)
+
+
+def _gone(name: str) -> NotFound:
+    return NotFound(f"there is no generation {name!r}; it may have been retired", kind="generation", name=name)

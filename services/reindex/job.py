@@ -20,7 +20,7 @@ import ray
 from services.reindex.audit import audit
 from services.reindex.config import ReindexConfig
 from services.reindex.gang_encoder import GangEncoderMaker
-from services.reindex.milvus import MilvusStore
+from services.reindex.milvus import MilvusStore, check_server
 from services.reindex.progress import JobReporter
 from services.reindex.ray_engine import RayEngine
 from trackstar.blobs import Location, RemotePath, location
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def run_job(config: ReindexConfig, reporter: JobReporter, *, engine: Engine | None = None) -> Outcome:
-    """Run a job to its end, in a process that has called `ray.init`.
+    """Run a job to its end, in a process that has called `ray.init` unless an engine is given.
 
     Args:
         config: what to do.
@@ -57,10 +57,13 @@ def run_job(config: ReindexConfig, reporter: JobReporter, *, engine: Engine | No
         NotReady: another job builds there, or the audit did not pass.
     """
     root = location(config.index)
-    engine = engine or RayEngine(config.workers)
     with ExitStack() as held:
         held.enter_context(writing(root))
-        held.enter_context(_alone(root))
+        if engine is None:
+            engine = RayEngine(config.workers)
+            held.enter_context(_alone(root))
+        # Before anything expensive, so that a password that is missing or wrong is known at once.
+        check_server(config)
         _sweep(root)
         name = _built(config, root, engine, reporter)
         reporter.found(generation=name)

@@ -28,6 +28,18 @@ from trackstar.milvus_link import MilvusLink
 from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
 
 
+def check_server(config: ReindexConfig) -> None:
+    """Return if the server that codes are to go to, if any, answers and knows who asks.
+
+    Raises:
+        NotFound: there is no token file.
+        TrackstarError: the server does not answer, or does not let the job in.
+    """
+    if config.build.code.store == "milvus":
+        with connect(config.milvus) as link:
+            AliasPointer(link, alias_of(config.milvus)).get(timeout_seconds=config.milvus.timeout_seconds)
+
+
 class MilvusStore:
     """Where a generation's codes are searched."""
 

@@ -148,12 +148,13 @@ class RerankerCore:
             return await self._in_thread(lambda: self._read_passages(opened, request))
 
     def _open(self, name: str) -> _Opened:
-        rows = self._index.rows(name)
+        # Which generations are served is for the gateway to say: calls may hold one that was retired a moment ago.
+        rows = self._index.rows(name, retired=True)
         with self._opening:
             if rows.digest in self._stores:
                 rows.close()
             rows, filters = self._stores.setdefault(rows.digest, (rows, FilterIndex(rows)))
-        generation = self._index.generation(name, rows=rows, searched=False)
+        generation = self._index.generation(name, rows=rows, searched=False, retired=True)
         return _Opened(rows=rows, filters=filters, reranker=Reranker(rows, generation))
 
     async def _in_thread(self, work: Callable[[], Answer]) -> Answer:

@@ -25,13 +25,11 @@ _WORDS = ["cat", "mat", "sat", "one", "two", "three", "red", "green", "blue", "o
 _SOURCES = ["books", "web", "news"]
 
 
-def build(root: Path, *, store: str = "memory", kind: str = "bits", architecture: str = "llama") -> Path:
-    """Build `root`/index with two generations, the first of them active; returns its folder."""
-    torch.set_num_threads(1)
-    root.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    with (root / "corpus.jsonl").open("w") as stream:
-        for number in range(NUM_PASSAGES):
+def write_corpus(path: Path, first: int, count: int) -> None:
+    """Passages from number `first` on, two to a document."""
+    generator = np.random.default_rng(first)
+    with path.open("w") as stream:
+        for number in range(first, first + count):
             record = {
                 "id": f"doc-{number // 2}",
                 "text": " ".join(generator.choice(_WORDS, generator.integers(2, 9))),
@@ -40,23 +38,36 @@ def build(root: Path, *, store: str = "memory", kind: str = "bits", architecture
                 "language": "en" if number % 4 else "de",
             }
             stream.write(json.dumps(record) + "\n")
-    model = tiny.save_model(root / "model", architecture, scale=2.0)
-    settings: dict[str, Any] = {
-        "corpus": {
-            "paths": (str(root / "corpus.jsonl"),),
-            "source_field": "source",
-            "metadata_fields": ("date", "language"),
-        },
-        "model": str(model),
+
+
+def corpus(path: Path) -> dict[str, Any]:
+    """What a build is told of a corpus."""
+    return {"paths": [str(path)], "source_field": "source", "metadata_fields": ["date", "language"]}
+
+
+def settings(root: Path, *, store: str = "memory", kind: str = "bits") -> dict[str, Any]:
+    """What an index of `root`/corpus.jsonl and `root`/model is built with."""
+    return {
+        "corpus": corpus(root / "corpus.jsonl"),
+        "model": str(root / "model"),
         "projection": {"layer_blocks": 2, "rows": 8, "cols": 8},
         "shard_passages": 32,
         "code": {"store": store, "kind": kind, "size": 256 if kind == "bits" else 64},
         "background": 60,
     }
+
+
+def build(root: Path, *, store: str = "memory", kind: str = "bits", architecture: str = "llama") -> Path:
+    """Build `root`/index with two generations, the first of them active; returns its folder."""
+    torch.set_num_threads(1)
+    root.mkdir(parents=True, exist_ok=True)
+    write_corpus(root / "corpus.jsonl", 0, NUM_PASSAGES)
+    tiny.save_model(root / "model", architecture, scale=2.0)
+    made = settings(root, store=store, kind=kind)
     index = root / "index"
-    build_index(make_config({**settings, "mix": {"damping": 0.1}}), index).close()
+    build_index(make_config({**made, "mix": {"damping": 0.1}}), index).close()
     first = read_json(index / "active.json")["generation"]
-    build_index(make_config({**settings, "mix": {"damping": 1.0}}), index).close()
+    build_index(make_config({**made, "mix": {"damping": 1.0}}), index).close()
     publish_json(index / "active.json", {"generation": first})
     return index
 

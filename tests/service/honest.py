@@ -151,11 +151,15 @@ class HonestEncoder:
 
 @dataclass
 class HonestReranker:
-    """`explain_delay`: seconds that explaining takes. `fail`: raised by the next call of that verb."""
+    """`explain_delay`: seconds that explaining takes, and not reading alone. `fail`: raised by the next call of that
+    verb. `deleted`: in no answer of a search or a reading by id; `deleted_after`: deleted when a ranking has been made.
+    """
 
     explain_delay: float = 0.0
     fail: dict[str, TrackstarError] = field(default_factory=dict)
     reranked: list[reranker_pb2.RerankRequest] = field(default_factory=list)
+    deleted: set[int] = field(default_factory=set)
+    deleted_after: set[int] = field(default_factory=set)
 
     async def rerank(
         self, request: reranker_pb2.RerankRequest, *, timeout_seconds: float
@@ -165,7 +169,7 @@ class HonestReranker:
         rows = rows_of(request.generation)
         dual = to_array(request.dual, common_pb2.DTYPE_FLOAT32, dim=DIM, name="dual")[0]
         scores = (rows / np.linalg.norm(rows, axis=1, keepdims=True) * dual).sum(axis=1)
-        allowed = np.array([passes(passage_id, request.filter) for passage_id in range(NUM)])
+        allowed = np.array([i not in self.deleted and passes(i, request.filter) for i in range(NUM)])
         response = reranker_pb2.RerankResponse(
             background=common_pb2.Background(mean=float(scores.mean()), std=float(scores.std())),
             matching=int(allowed.sum()),
@@ -182,16 +186,18 @@ class HonestReranker:
                 reranker_pb2.RankedEnd(ids=to_vector(ids[order]), scores=to_vector(scores[ids[order]]))
             )
         response.examined = len(seen)
+        self.deleted |= self.deleted_after
         return response
 
     async def explain(
         self, request: reranker_pb2.ExplainRequest, *, timeout_seconds: float
     ) -> reranker_pb2.ExplainResponse:
-        self._maybe_fail("explain")
-        if self.explain_delay > timeout_seconds:
-            await asyncio.sleep(timeout_seconds)
-            raise DeadlineExceeded("explaining takes too long")
-        await asyncio.sleep(self.explain_delay)
+        if request.tokens or request.blocks or request.overlap:
+            self._maybe_fail("explain")
+            if self.explain_delay > timeout_seconds:
+                await asyncio.sleep(timeout_seconds)
+                raise DeadlineExceeded("explaining takes too long")
+            await asyncio.sleep(self.explain_delay)
         return reranker_pb2.ExplainResponse(
             passages=[
                 reranker_pb2.ExplainedPassage(passage=passage(i), evidence=evidence_of(i, request))
@@ -215,6 +221,8 @@ class HonestReranker:
             response.next_id = listed[request.limit] if len(listed) > request.limit else -1
         if bad := [i for i in ids if i >= NUM]:
             raise NotFound(f"there is no passage {bad[0]}")
+        if gone := self.deleted.intersection(ids):
+            raise NotFound(f"passage {min(gone)} was deleted")
         for i in ids:
             response.passages.add(passage=passage(i), tokens=[i, 1, 2] if request.tokens else None)
         return response

@@ -19,6 +19,7 @@ from tests.service import demo_index
 from trackstar.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded
 from trackstar.index import Index
 from trackstar.results import Query
+from trackstar.retirement import collect, retire
 from trackstar.tracer import Tracer
 from trackstar.v1 import common_pb2, encoder_pb2, reranker_pb2, trace_pb2
 
@@ -277,3 +278,23 @@ def test_too_many_waiting_tokens_are_refused(index: Path) -> None:
         assert all(isinstance(result, Overloaded | encoder_pb2.EncodeResponse) for result in results)
 
     run(index, main, max_waiting_tokens=100)
+
+
+def test_a_generation_that_is_asked_for_is_opened_although_it_was_retired(tmp_path: Path) -> None:
+    folder = demo_index.build(tmp_path)
+    other = demo_index.other_generation(folder)
+
+    async def main(cores: Cores) -> None:
+        retire(Index(folder).catalog, other)
+        cores.generation = other
+        encoded = await cores.encode(asked(0)[0])
+        ranked = await cores.reranker.rerank(
+            reranker_pb2.RerankRequest(generation=other, dual=encoded.dual, ends=[reranker_pb2.RerankEnd()], k=3),
+            timeout_seconds=30,
+        )
+        assert len(ids_and_scores(ranked.ends[0])[0]) == 3
+        collect(Index(folder).catalog)
+
+    run(folder, main)
+    with pytest.raises(NotFound, match="has no generation"):
+        Index(folder).generation(other, retired=True)

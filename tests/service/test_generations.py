@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import threading
 from collections.abc import Coroutine
@@ -30,6 +31,7 @@ from trackstar.errors import (
     PermissionDenied,
     TrackstarError,
 )
+from trackstar.retirement import retire
 from trackstar.rpc_errors import from_call
 from trackstar.v1 import generation_pb2, trace_pb2
 
@@ -378,5 +380,24 @@ def test_a_failing_search_fails_its_own_batch_alone() -> None:
             index.hold = lambda: None
             assert (await search.search(_codes("x"), 20, timeout_seconds=5))[0].shape == (1, 20)
             await search.close()
+
+    _run(work())
+
+
+def test_a_retired_generation_is_not_opened_and_one_that_is_held_goes_on(catalog: Catalog) -> None:
+    async def work() -> None:
+        async with serving(catalog, poll_seconds=0.02) as gateway:
+            async with gateway.generations.hold("beta") as held:
+                retire(catalog, "beta")
+                refusal: TrackstarError | None = None
+                while refusal is None:
+                    # Until the gateway has looked at the folder again.
+                    with contextlib.suppress(pytest.fail.Exception):
+                        refusal = await _refusal(gateway.trace.Trace(_request(generation="beta")))
+                assert not gateway.indexes["beta"][0].closed
+                assert isinstance(refusal, NotFound)
+                assert str(refusal) == "there is no generation 'beta'; it may have been retired"
+                assert (await held.search.search(np.zeros((1, honest.SIZE), np.float32), 3, timeout_seconds=5))[0].size
+            await _until(lambda: gateway.indexes["beta"][0].closed)
 
     _run(work())

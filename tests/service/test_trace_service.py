@@ -316,6 +316,40 @@ def test_pages_put_together_are_the_whole(catalog: Catalog) -> None:
     _run(work())
 
 
+def _ids(answer: trace_pb2.TraceResponse) -> list[int]:
+    return [item.passage.passage_id for item in answer.proponents]
+
+
+def test_what_is_deleted_while_a_call_runs_does_not_end_it(catalog: Catalog) -> None:
+    async def work() -> None:
+        async with serving(catalog) as gateway:
+            asked = _request(k=5, candidates=50)
+            whole = _ids(await gateway.trace.Trace(asked))
+            gateway.reranker.deleted_after = {whole[0]}
+            assert _ids(await gateway.trace.Trace(asked)) == whole
+            assert _ids(await gateway.trace.Trace(asked))[:4] == whole[1:]
+
+    _run(work())
+
+
+def test_what_was_deleted_is_on_no_page(catalog: Catalog) -> None:
+    async def work() -> None:
+        async with serving(catalog) as gateway:
+            asked = _request(k=8, candidates=50, page_size=4)
+            whole = _ids(await gateway.trace.Trace(_request(k=10, candidates=50)))
+            asked.page_token = (await gateway.trace.Trace(asked)).next_page_token
+            gateway.reranker.deleted = {whole[1], whole[5]}
+            # The ranking that is kept has it, and does not show it.
+            assert _ids(await gateway.trace.Trace(asked)) == [whole[4], whole[6], whole[7]]
+            asked.page_token = ""
+            first = await gateway.trace.Trace(asked)
+            asked.page_token = first.next_page_token
+            left = [passage_id for passage_id in whole if passage_id not in gateway.reranker.deleted]
+            assert _ids(first) + _ids(await gateway.trace.Trace(asked)) == left
+
+    _run(work())
+
+
 def test_the_last_page_is_known_to_be_the_last(catalog: Catalog) -> None:
     async def work() -> None:
         async with serving(catalog) as gateway:

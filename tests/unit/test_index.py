@@ -120,7 +120,9 @@ def test_a_difference_names_the_key_and_both_values(
     fix_identity(tmp_path, IDENTITY)
     with pytest.raises(Incompatible) as caught:
         check_identity(tmp_path, changed(place, value))
-    assert str(caught.value) == f"{str(tmp_path)!r} was started with {message}; use the same or give another --out"
+    assert (
+        str(caught.value) == f"{str(tmp_path)!r} was started with {message}; use the same or build into another folder"
+    )
 
 
 @pytest.mark.parametrize(

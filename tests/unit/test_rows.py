@@ -38,7 +38,7 @@ PER_SHARD = 300  # more than one row group of the sidecar
 COUNTS = (PER_SHARD, PER_SHARD, 17)
 TOTAL = sum(COUNTS)
 AGAIN = "give the index command again"
-MEND = f"{AGAIN} with --verify"
+MEND = f"{AGAIN} with --verify, or the job with verify: true,"
 
 
 def passage(passage_id: int) -> Passage:
