@@ -44,7 +44,7 @@ from trackstar.engine import LocalEngine
 from trackstar.generation import Generation
 from trackstar.index import Index
 from trackstar.milvus_import import CollectionImport
-from trackstar.milvus_link import MilvusAccess, MilvusLink
+from trackstar.milvus_link import MilvusAccess, MilvusLink, RetryPolicy
 from trackstar.milvus_server import MilvusServerIndex
 from trackstar.workers import PassageEncoder
 
@@ -55,6 +55,8 @@ STAGES = (
 _SAMPLE_SECONDS = 0.1
 _TENTHS = 10
 _TIMEOUT_SECONDS = 1800.0
+# A machine that others use too may take longer than a service would wait.
+_POLICY = RetryPolicy(timeout_seconds=300.0, attempt_seconds=120.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +230,7 @@ def run(folder: Path, settings: Settings, gate: Callable[[str], Server | None] =
         index = Index(root)
         generation = held.enter_context(contextlib.closing(index.generation(name, searched=False)))
         rows = held.enter_context(contextlib.closing(index.rows(name)))
-        link = held.enter_context(MilvusLink(clock.server.access)) if clock.server else None
+        link = held.enter_context(MilvusLink(clock.server.access, policy=_POLICY)) if clock.server else None
         coarse = held.enter_context(contextlib.closing(_import(link, generation, clock)))
         clock.enter("audit")
         found = audit_generation(

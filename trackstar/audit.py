@@ -36,6 +36,7 @@ from trackstar.dual import Dual, make_duals
 from trackstar.errors import InvalidRequest
 from trackstar.exact import Rankings
 from trackstar.generation import Generation
+from trackstar.generation_files import nth_kept
 from trackstar.ranking import Ranking
 from trackstar.reranker import Reranker
 from trackstar.rows import RowStore
@@ -137,18 +138,20 @@ def audit_generation(
             )
         exclude_Q = np.full(len(query_rows), -1) if exclude_Q is None else exclude_Q
         duals = [dual for some in query_rows.split(ROWS_AT_ONCE) for dual in _duals(generation, some)]
-    kept = np.setdiff1d(np.arange(rows.num_passages, dtype=np.int64), generation.excluded)
+    excluded = generation.excluded
+    num_kept = rows.num_passages - len(excluded)
+    sample_S = generator.choice(num_kept, size=min(config.codes, num_kept), replace=False)
     checked = check_codes(
         generation,
         rows,
         codes,
-        generator.choice(kept, size=min(config.codes, len(kept)), replace=False),
+        nth_kept(excluded, sample_S.astype(np.int64)),
         bit_share=config.bit_share,
         tolerance=config.tolerance,
         on_rows=lambda done, total: on_step("coding", done, total),
     )
     dual_Qd = torch.stack([dual.dual_d for dual in duals]) if duals else torch.empty((0, rows.dim))
-    mask_N = _mask(kept, rows.num_passages)
+    mask_N = _mask(excluded, rows.num_passages)
     scan = scan or (
         lambda dual_Qd, signs, k: reranker.scan(
             dual_Qd,
@@ -198,11 +201,11 @@ def audit_generation(
     )
 
 
-def _mask(kept: NDArray[np.int64], num_passages: int) -> NDArray[np.bool_] | None:
-    if len(kept) == num_passages:
+def _mask(excluded: NDArray[np.int64], num_passages: int) -> NDArray[np.bool_] | None:
+    if not len(excluded):
         return None
-    mask_N = np.zeros(num_passages, dtype=np.bool_)
-    mask_N[kept] = True
+    mask_N = np.ones(num_passages, dtype=np.bool_)
+    mask_N[excluded] = False
     return mask_N
 
 
@@ -243,8 +246,13 @@ def _search(
     spec = generation.spec
     codes_Q = encode_codes(spec, generation.rotation, torch.stack([dual.unit_d for dual in duals]))
     limit = min(candidates + bool((exclude_Q >= 0).any()), max_candidates)
-    ends = [coarse.search(codes_Q if sign > 0 else negate(spec, codes_Q), limit)[0] for sign in _SIGNS]
-    return [[ids[ids != own][:candidates] for ids, own in zip(end, exclude_Q, strict=True)] for end in ends]
+    ends = []
+    for sign in _SIGNS:
+        asked_Q = codes_Q if sign > 0 else negate(spec, codes_Q)
+        # One by one, as they come when it serves: all at once would take a server many times what a call may take.
+        found = [coarse.search(asked_Q[query : query + 1], limit)[0][0] for query in range(len(asked_Q))]
+        ends.append([ids[ids != own][:candidates] for ids, own in zip(found, exclude_Q, strict=True)])
+    return ends
 
 
 def _without(ranking: Ranking, passage_id: int, k: int) -> Ranking:

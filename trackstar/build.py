@@ -342,10 +342,11 @@ class Build:
 
     def _purge(self, rows: RowStore, excluded: NDArray[np.int64]) -> dict[int, str]:
         """Write the shards of deleted passages anew; returns their versions."""
-        shards = np.searchsorted(rows.starts, excluded, side="right") - 1
+        # Ids ascend, so that those of a shard stand together.
+        numbers, firsts = np.unique(np.searchsorted(rows.starts, excluded, side="right") - 1, return_index=True)
         items = []
-        for shard in np.unique(shards).tolist():
-            ids = tuple(excluded[shards == shard].tolist())
+        for shard, some in zip(numbers.tolist(), np.split(excluded, firsts[1:]), strict=True):
+            ids = tuple(some.tolist())
             items.append(Purge(shard=shard, version=digest_of(ids)[:8], passage_ids=ids))
         self.progress.start("purging", 0, len(items), unit="shards")
         make = partial(PurgeWorker, root=self.root, parts=len(rows.parts), versions=rows.versions)

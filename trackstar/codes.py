@@ -35,6 +35,8 @@ CodeKind = Literal["bits", "prefix"]
 
 # Second half of the Philox key: no other draw of the project shares this stream, whatever seed it is given.
 _STREAM = int.from_bytes(b"rotation", "big")
+# Of the vectors that are rotated at once, as float32.
+_ROTATED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,12 @@ def encode_codes(spec: CodeSpec, rotation: Rotation, unit_ND: Tensor) -> NDArray
     """
     if rotation.seed != spec.seed:
         raise InvalidRequest(f"the code asks for the rotation of seed {spec.seed}, the one given has {rotation.seed}")
-    rotated_Nk = rotation.apply(unit_ND, spec.size).detach().cpu().numpy()
-    return np.packbits(rotated_Nk >= 0, axis=1) if spec.kind == "bits" else np.ascontiguousarray(rotated_Nk)
+    # Some at a time, so that what is made on the way does not grow with N; a row's code is its own affair.
+    parts: list[NDArray[Any]] = []
+    for some_nD in unit_ND.split(max(1, _ROTATED_BYTES // (4 * rotation.padded_dim))):
+        rotated_nk = rotation.apply(some_nD, spec.size).detach().cpu().numpy()
+        parts.append(np.packbits(rotated_nk >= 0, axis=1) if spec.kind == "bits" else rotated_nk)
+    return np.concatenate(parts)
 
 
 def negate(spec: CodeSpec, codes_Nk: NDArray[Any]) -> NDArray[Any]:

@@ -100,7 +100,9 @@ def scan_shard(
     receipt = rows.receipts[shard]
     assert receipt.shard == shard
     ids = shard_ids(rows, receipt)
-    kept = ~np.isin(ids, generation.excluded)
+    excluded = generation.excluded
+    gone = excluded[slice(*np.searchsorted(excluded, (ids[0], ids[-1] + 1)))] if len(ids) else excluded[:0]
+    kept = ~np.isin(ids, gone, assume_unique=True)
     stored_Nd = rows.shard(shard, verify=True)
     if not kept.all():
         ids, stored_Nd = ids[kept], stored_Nd[torch.from_numpy(kept)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ class Generation:
             index.close()
         publish_json(folder / "receipt.json", {"count": self._codes.num_codes})
 
-    @property
+    @cached_property
     def excluded(self) -> NDArray[np.int64]:
         """Ids of the passages that were purged, int64, ascending; they have no code."""
         if self.facts["excluded"] is None:

@@ -44,6 +44,9 @@ from trackstar.rows import RowStore
 from trackstar.storage import digest_of, file_digest, publish, publish_json, read_json, temporary_of
 from trackstar.tensor_files import load_arrays, load_tensors
 
+# Code files whose norms are held at once beside the array of all.
+_SHARDS_AT_ONCE = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
@@ -190,7 +193,7 @@ class Coder:
         if receipt.is_file():
             return count
         first = self._rows.first(shard)
-        inside = self._excluded[(self._excluded >= first) & (self._excluded < first + count)]
+        inside = self._excluded[slice(*np.searchsorted(self._excluded, (first, first + count)))]
         of = digest_of([self._coding, self._rows.receipts[shard].rows_digest, first, inside.tolist()])
         if not self._take_over(shard, of):
             whitened_ND = self._whitener.apply(self._rows.shard(shard, verify=True).to(self._device))
@@ -232,6 +235,15 @@ def _copy(source: Location, target: Location) -> None:
     publish(target, source.read_bytes())
 
 
+def nth_kept(excluded: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ids of the passages at these places, from 0, among those that are not excluded; `excluded` ascends.
+
+    An id is its place, and one more for every excluded passage that comes before.
+    """
+    ids: NDArray[np.int64] = places + np.searchsorted(excluded - np.arange(len(excluded)), places, side="right")
+    return ids
+
+
 def publish_background(home: Location, rows: RowStore, size: int, excluded: NDArray[np.int64]) -> None:
     """Publish ids and rows of a random sample, unless they are there."""
     path = home / "background.safetensors"
@@ -240,10 +252,25 @@ def publish_background(home: Location, rows: RowStore, size: int, excluded: NDAr
     generator = np.random.Generator(np.random.Philox(key=0))
     num_kept = rows.num_passages - len(excluded)
     places = np.sort(generator.choice(num_kept, size=min(size, num_kept), replace=False)).astype(np.int64)
-    # The place among the passages that are kept, as an id: behind every excluded one that comes before.
-    ids = places + np.searchsorted(excluded - np.arange(len(excluded)), places, side="right")
+    ids = nth_kept(excluded, places)
     sample_ND = rows.read(ids).to(torch.bfloat16 if rows.dtype == "bfloat16" else torch.float32)
     publish(path, safetensors.torch.save({"ids": torch.from_numpy(ids), "rows": sample_ND}))
+
+
+def _norms(home: Location, rows: RowStore) -> NDArray[np.float32]:
+    """Norms [N] of all rows from the code files."""
+    norms_N, found = np.empty(rows.num_passages, dtype=np.float32), 0
+    for start in range(0, rows.num_shards, _SHARDS_AT_ONCE):
+        some = range(start, min(rows.num_shards, start + _SHARDS_AT_ONCE))
+        for part in each(home, lambda shard: load_arrays(code_path(home, shard), ("norms",))["norms"], some):
+            norms_N[found : found + len(part)] = part[: max(0, len(norms_N) - found)]
+            found += len(part)
+    if found != rows.num_passages:
+        raise CorruptArtifact(
+            f"the codes in {str(home)!r} hold {found:,} norms for {rows.num_passages:,} rows; delete the folder and "
+            "give the same command again"
+        )
+    return norms_N
 
 
 def finish_generation(home: Location, spec: GenerationSpec, rows: RowStore) -> None:
@@ -254,13 +281,7 @@ def finish_generation(home: Location, spec: GenerationSpec, rows: RowStore) -> N
     """
     shards = range(rows.num_shards)
     receipts = each(home, lambda shard: read_json(code_path(home, shard).with_suffix(".json")), shards)
-    norms = each(home, lambda shard: load_arrays(code_path(home, shard), ("norms",))["norms"], shards)
-    norms_N = np.concatenate(norms)
-    if len(norms_N) != rows.num_passages:
-        raise CorruptArtifact(
-            f"the codes in {str(home)!r} hold {len(norms_N):,} norms for {rows.num_passages:,} rows; delete the folder "
-            "and give the same command again"
-        )
+    norms_N = _norms(home, rows)
     manifest = pa.table(
         {
             "shard": list(shards),

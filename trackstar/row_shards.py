@@ -16,6 +16,7 @@ but zeros for a row and nothing for a text. Which version counts is for the gene
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -36,7 +37,7 @@ from torch import Tensor
 from trackstar.blobs import Location, RemotePath
 from trackstar.errors import CorruptArtifact, NotFound
 from trackstar.passages import Passage
-from trackstar.storage import digest_of, publish, publish_json, read_json
+from trackstar.storage import publish, publish_json, read_json
 
 Place = TypeVar("Place", Path, RemotePath, Location)
 
@@ -280,9 +281,11 @@ def read_receipts(folder: Location, part: Part) -> list[Receipt]:
     """
     path = _part_path(folder, part.number).with_suffix(".parquet")
     try:
-        data = path.read_bytes()
-        receipts = [Receipt(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
-    except (NotFound, OSError, pa.ArrowException, TypeError) as error:
+        table = pq.read_table(io.BytesIO(path.read_bytes()))
+        # Column by column: a dictionary for each shard would outlive its use in the memory of the process.
+        columns = (table[name].to_pylist() for name in _RECEIPTS.names)
+        receipts = [Receipt(**dict(zip(_RECEIPTS.names, row, strict=True))) for row in zip(*columns, strict=True)]
+    except (NotFound, OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise CorruptArtifact(
             f"{str(path)!r} cannot be read; delete {_part_path(folder, part.number).name} and give the index command "
             "again"
@@ -296,8 +299,13 @@ def read_receipts(folder: Location, part: Part) -> list[Receipt]:
 
 
 def digest_of_receipts(receipts: Iterable[Receipt]) -> str:
-    """Of everything that rows are."""
-    return digest_of([[receipt.rows_digest, receipt.sidecar_digest] for receipt in receipts])
+    """`storage.digest_of` the digests of everything that rows are, without holding them all as text."""
+    found = hashlib.sha256(b"[")
+    for number, receipt in enumerate(receipts):
+        pair = json.dumps([receipt.rows_digest, receipt.sidecar_digest], separators=(",", ":"))
+        found.update((f",{pair}" if number else pair).encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def starts_of(counts: Iterable[int]) -> NDArray[np.int64]:

@@ -54,6 +54,7 @@ FileState = tuple[int, int, int, int]
 _UNKNOWN: FileState = (-1, -1, -1, -1)
 # So many shards are looked at when a store is opened; of larger ones each at its first use.
 _OPENED_AT_ONCE = 4096
+_KEPT_PATHS = 4096
 
 
 class RowStore:
@@ -84,10 +85,8 @@ class RowStore:
         # What a single part is known by, it keeps being known by.
         self.digest = self.parts[0].digest if self._is_plain else digest_of_receipts(self.receipts)
         self._row_bytes = self.dim * ROW_DTYPES[self.dtype].itemsize
-        self._paths = [
-            stem(folder, receipt.shard, receipt.version).with_suffix(".safetensors") for receipt in self.receipts
-        ]
-        self._sidecars = [path.with_suffix(".parquet") for path in self._paths]
+        # Of an index with a million shards, all paths would take as much memory as its rows need to be scanned.
+        self._path = lru_cache(maxsize=_KEPT_PATHS)(self._make_path)
         # Of local files only: objects are never written to.
         self._sidecar_states: dict[int, FileState | None] = {}
         self._offsets: dict[int, int] = {}
@@ -130,7 +129,7 @@ class RowStore:
         checksums = dict(zip(shards, each(self.folder, self._checksums, shards), strict=True))
         counts = self._read_into(
             [
-                (self._paths[shard], self._offset(shard) + row * self._row_bytes, view)
+                (self._path(shard), self._offset(shard) + row * self._row_bytes, view)
                 for (shard, row), view in zip(places, views, strict=True)
             ]
         )
@@ -158,7 +157,7 @@ class RowStore:
 
     def shard(self, shard: int, *, verify: bool = False) -> Tensor:
         """All rows [n, d] of one shard in their stored type."""
-        path, count = self._paths[shard], self.receipts[shard].num_passages
+        path, count = self._path(shard), self.receipts[shard].num_passages
         if isinstance(path, RemotePath):
             raw = self._fetch(path, shard, verify=verify)
         else:
@@ -172,13 +171,13 @@ class RowStore:
 
     def state(self, shard: int) -> FileState | None:
         """Changes when the file of a shard's rows is replaced or written to; None for objects, which never are."""
-        return _state(self._paths[shard])
+        return _state(self._path(shard))
 
     def verify(self, shard: int) -> None:
         """Compare both files of a shard with the digests in its receipt; raises as `verify_files`."""
         receipt = self.receipts[shard]
         digests = {"rows_digest": receipt.rows_digest, "sidecar_digest": receipt.sidecar_digest}
-        self.verify_files(self._paths[shard].with_suffix(".json"), digests)
+        self.verify_files(self._path(shard).with_suffix(".json"), digests)
 
     @staticmethod
     def verify_files(path: Location, receipt: Mapping[str, Any]) -> None:
@@ -248,6 +247,10 @@ class RowStore:
         shards = np.searchsorted(self.starts, ids, side="right") - 1
         return list(zip(shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True))
 
+    def _make_path(self, shard: int) -> Location:
+        """Of the file of a shard's rows."""
+        return stem(self.folder, shard, self.receipts[shard].version).with_suffix(".safetensors")
+
     def _offset(self, shard: int) -> int:
         if (offset := self._offsets.get(shard)) is None:
             offset = self._offsets[shard] = self._open_header(self.receipts[shard])
@@ -275,7 +278,7 @@ class RowStore:
 
     @contextmanager
     def _sidecar(self, shard: int) -> Iterator[pq.ParquetFile]:
-        path, receipt = self._sidecars[shard], self.receipts[shard]
+        path, receipt = self._path(shard).with_suffix(".parquet"), self.receipts[shard]
         state = _state(path)
         if state is not None and state != self._sidecar_states.get(shard, _UNKNOWN):
             _compare(path, _digest_of_file(path), receipt.sidecar_digest)
@@ -317,7 +320,7 @@ class RowStore:
 
     def _open_header(self, receipt: Receipt) -> int:
         """Validate the header and size of a shard; returns the offset of its first row."""
-        path = self._paths[receipt.shard]
+        path = self._path(receipt.shard)
         try:
             with _reading(path), path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
@@ -338,7 +341,7 @@ class RowStore:
         return int(8 + length)
 
     def _corrupt(self, shard: int, what: str) -> CorruptArtifact:
-        return _corrupt(self._paths[shard], what)
+        return _corrupt(self._path(shard), what)
 
 
 def _state(path: Location) -> FileState | None:

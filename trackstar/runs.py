@@ -10,7 +10,7 @@ passage numbers are the same however the work was shared out. Everything is publ
     rows/plan-000.parquet             the runs of a part
     rows/plan-000.json                the corpus they were planned from, and totals; written last
 
-Memory: one file's outline (24 bytes a document) and the plan (some 60 bytes a shard).
+Memory: one file's outline (24 bytes a document) and the plan (some 800 bytes a shard).
 """
 
 from __future__ import annotations

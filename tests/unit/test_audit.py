@@ -185,12 +185,15 @@ def test_the_same_seed_asks_the_same_queries(opened: Opened) -> None:
 
 
 class Tied:
-    """Proposes what scores best exactly, of equal scores the larger ids: the other end of every tie."""
+    """Proposes what scores best exactly, of equal scores the larger ids: the other end of every tie.
+
+    It is asked for one query after the other, first for proponents, then for opponents.
+    """
 
     def __init__(self, index: CoarseIndex, unit_Nd: NDArray[np.float64], asked: NDArray[np.int64]) -> None:
         self._index = index
         self._cosines_QN = unit_Nd[asked] @ unit_Nd.T
-        self._sign = 1.0
+        self._calls = 0
 
     def add(self, passage_ids: NDArray[np.int64], codes: NDArray[Any]) -> None:
         raise NotImplementedError
@@ -198,11 +201,12 @@ class Tied:
     def search(
         self, codes: NDArray[Any], limit: int, *, timeout_seconds: float | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        scores_QN = self._sign * self._cosines_QN.round(9)
-        self._sign = -self._sign
-        ids = np.arange(scores_QN.shape[1])
-        order = [np.lexsort((-ids, -scores_N))[:limit] for scores_N in scores_QN]
-        return np.stack(order), np.zeros((len(codes), limit), np.float32)
+        assert len(codes) == 1
+        end, query = divmod(self._calls, len(self._cosines_QN))
+        self._calls += 1
+        scores_N = (1 - 2 * end) * self._cosines_QN[query].round(9)
+        order = np.lexsort((-np.arange(len(scores_N)), -scores_N))[:limit]
+        return order[None], np.zeros((1, limit), np.float32)
 
     def count(self) -> int:
         return self._index.count()
