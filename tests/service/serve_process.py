@@ -1,4 +1,4 @@
-"""`trackstar serve` as a process of its own on loopback, ended by the test that started it."""
+"""`trackstar serve` or `trackstar gateway` as a process of its own on loopback, ended by the test that started it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class ServeProcess:
     Args:
         index: its folder.
         folder: where the log goes.
+        role: the command.
         settings: of the gateway, as `SECTION__KEY`.
     """
 
-    def __init__(self, index: Path, folder: Path, **settings: str) -> None:
-        command = [str(Path(sys.executable).with_name("trackstar")), "serve", "--index", str(index)]
+    def __init__(self, index: Path, folder: Path, role: str = "serve", **settings: str) -> None:
+        command = [str(Path(sys.executable).with_name("trackstar")), role, "--index", str(index)]
         command += ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
         environment = {**os.environ, **{f"TRACKSTAR_GATEWAY__{key}": value for key, value in settings.items()}}
         self.log = folder / f"serve-{len(list(folder.glob('serve-*')))}.log"
