@@ -12,7 +12,8 @@ averaged over the same (query, passage) pairs with their true scores s:
 
 Codes are searched in memory, exactly; with --milvus also on a real Milvus server (that of the tests, started for the
 run) as far as it takes codes of that size, and the ids of both are compared. Rows are whitened and rotated once: a code
-of k coordinates is the beginning of a longer one.
+of k coordinates is the beginning of a longer one. --whiten-dim cuts the blocks that are whitened into parts, whose
+eigenvectors cost less; --keep FILE.npz keeps codes and scores, and a second run goes on from there.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ from trackstar.codes import CodeKind, CodeSpec, Rotation, encode_codes, padded_d
 from trackstar.hessian import Whitener, autocorrelation
 from trackstar.index import Index
 from trackstar.milvus_collection import drop, largest_code
-from trackstar.milvus_link import MilvusLink
+from trackstar.milvus_link import MilvusLink, RetryPolicy
 from trackstar.milvus_server import MAX_CANDIDATES, MilvusServerIndex
+from trackstar.projection import Block, BlockLayout
 from trackstar.queries import read_queries, tokenize
 
 TOP = 10
 NORMAL = NormalDist()
 IMPORTED = 4096  # codes handed to the server at once
+SEARCHED = 8  # queries asked of the server at once
 
 
 def main() -> None:
@@ -57,60 +60,36 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="*", default=[10, 30, 100, 300, 1000, 4096])
     parser.add_argument("--milvus", action="store_true", help="search codes of bits on a Milvus server too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--whiten-dim", type=int, help="whiten parts of blocks, of at most so many dimensions")
+    parser.add_argument("--keep", type=Path)
     arguments = parser.parse_args()
 
     index = Index(arguments.index)
-    rows, layout = index.rows(), index.layout
-    loaded = index.load_model()
-    encoder = index.encoder(loaded)
-    facts = read_queries(arguments.facts)
-    order = np.random.default_rng(0).permutation(len(facts))[: arguments.queries]
-    examples = [
-        tokenize(facts[i], loaded.tokenizer, add_bos=index.facts["add_bos"], max_tokens=loaded.max_tokens)
-        for i in order
-    ]
-    encoded_QD = encoder.encode(examples).rows_ND
-    _tell("queries encoded")
-    train = autocorrelation((batch for _, batch in rows.batches()), layout)
-    _tell("statistics")
-    whitener = Whitener.fit(train, layout, damping=arguments.damping)
-    del train
-    _tell("eigenvectors")
-    queries_QD = torch.nn.functional.normalize(whitener.apply(encoded_QD), dim=1)
-
-    sizes: dict[CodeKind, list[int]] = {
-        "prefix": [k for k in arguments.prefixes if k <= padded_dim(layout.dim)],
-        "bits": [k for k in arguments.bits if k <= padded_dim(layout.dim)],
-    }
-    longest = [CodeSpec(kind=kind, size=max(found), seed=0) for kind, found in sizes.items() if found]
-    rotation = Rotation(layout.dim, 0)
-    exact: list[NDArray[np.float32]] = []
-    parts: dict[CodeKind, list[NDArray[Any]]] = {spec.kind: [] for spec in longest}
-    for _, batch in rows.batches():
-        unit_ND = torch.nn.functional.normalize(whitener.apply(batch), dim=1)
-        exact.append((queries_QD @ unit_ND.mT).numpy())
-        for spec in longest:
-            parts[spec.kind].append(encode_codes(spec, rotation, unit_ND))
-    codes = {kind: np.concatenate(found) for kind, found in parts.items()}
-    del parts
-    queries = {spec.kind: encode_codes(spec, rotation, queries_QD) for spec in longest}
-    scores_QN: NDArray[np.float32] = np.concatenate(exact, axis=1)
+    dim = index.layout.dim
+    if arguments.keep and arguments.keep.is_file():
+        arrays = dict(np.load(arguments.keep))
+    else:
+        arrays = _coded(index, arguments)
+        if arguments.keep:
+            np.savez(arguments.keep, allow_pickle=False, **arrays)
+    scores_QN: NDArray[np.float32] = arrays["scores"]
     best_QT = np.argsort(-scores_QN, axis=1, kind="stable")[:, :TOP]
-    _tell("rows whitened, scored and coded")
 
     results = []
     with _server(arguments.milvus) as link:
-        for kind, found_sizes in sizes.items():
-            for size in found_sizes:
+        for kind, sizes in _sizes(arguments, dim).items():
+            for size in sizes:
                 spec = CodeSpec(kind=kind, size=size, seed=0)
                 width = size // 8 if kind == "bits" else size
-                part_N, part_Q = (np.ascontiguousarray(whole[kind][:, :width]) for whole in (codes, queries))
-                found, cosines = _search_memory(spec, layout.dim, part_N, part_Q, max(arguments.candidates))
-                agreeing = None
+                codes_N, codes_Q = (
+                    np.ascontiguousarray(arrays[f"{kind} of {what}"][:, :width]) for what in ("rows", "queries")
+                )
+                found, cosines = _search_memory(spec, dim, codes_N, codes_Q, max(arguments.candidates))
+                noise = sigma(kind, size, dim)
+                agreeing: dict[int, int] = {}
                 if link is not None and kind == "bits" and size <= largest_code(link, kind):
-                    agreeing = _agreeing(link, spec, layout.dim, part_N, part_Q, arguments.candidates, found, cosines)
+                    agreeing = _agreeing(link, spec, dim, codes_N, codes_Q, arguments.candidates, found, cosines)
                 _tell(f"{size:,} {kind} searched")
-                noise = sigma(kind, size, layout.dim)
                 for limit in arguments.candidates:
                     results.append(
                         {
@@ -122,12 +101,73 @@ def main() -> None:
                             "recall": _recall(found[:, :limit], best_QT),
                             "law": _law(scores_QN, best_QT, noise, limit, background=False),
                             "law_background": _law(scores_QN, best_QT, noise, limit, background=True),
-                            "milvus_agrees": None if agreeing is None else agreeing[limit],
+                            "milvus_agrees": agreeing.get(limit),
                         }
                     )
     _print(results, scores_QN, best_QT)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
+
+
+def _sizes(arguments: argparse.Namespace, dim: int) -> dict[CodeKind, list[int]]:
+    """Sizes of each kind of code that vectors of that dimension have."""
+    return {
+        "prefix": [k for k in arguments.prefixes if k <= padded_dim(dim)],
+        "bits": [k for k in arguments.bits if k <= padded_dim(dim)],
+    }
+
+
+def _coded(index: Index, arguments: argparse.Namespace) -> dict[str, NDArray[Any]]:
+    """Exact "scores" [Q, N], and of each kind of code the largest, "KIND of rows" [N, .] and "KIND of queries"."""
+    rows, layout = index.rows(), index.layout
+    loaded = index.load_model()
+    encoder = index.encoder(loaded)
+    facts = read_queries(arguments.facts)
+    order = np.random.default_rng(0).permutation(len(facts))[: arguments.queries]
+    examples = [
+        tokenize(facts[i], loaded.tokenizer, add_bos=index.facts["add_bos"], max_tokens=loaded.max_tokens)
+        for i in order
+    ]
+    encoded_QD = encoder.encode(examples).rows_ND
+    _tell("queries encoded")
+    parts = _parts(layout, arguments.whiten_dim)
+    train = autocorrelation((batch for _, batch in rows.batches()), parts)
+    _tell("statistics")
+    whitener = Whitener.fit(train, parts, damping=arguments.damping)
+    del train
+    _tell("eigenvectors")
+    queries_QD = torch.nn.functional.normalize(whitener.apply(encoded_QD), dim=1)
+
+    rotation = Rotation(layout.dim, 0)
+    longest = [
+        CodeSpec(kind=kind, size=max(sizes), seed=0) for kind, sizes in _sizes(arguments, layout.dim).items() if sizes
+    ]
+    exact: list[NDArray[np.float32]] = []
+    codes: dict[CodeKind, list[NDArray[Any]]] = {spec.kind: [] for spec in longest}
+    for _, batch in rows.batches():
+        unit_ND = torch.nn.functional.normalize(whitener.apply(batch), dim=1)
+        exact.append((queries_QD @ unit_ND.mT).numpy())
+        for spec in longest:
+            codes[spec.kind].append(encode_codes(spec, rotation, unit_ND))
+    arrays: dict[str, NDArray[Any]] = {"scores": np.concatenate(exact, axis=1)}
+    for spec in longest:
+        arrays[f"{spec.kind} of rows"] = np.concatenate(codes.pop(spec.kind))
+        arrays[f"{spec.kind} of queries"] = encode_codes(spec, rotation, queries_QD)
+    _tell("rows whitened, scored and coded")
+    return arrays
+
+
+def _parts(layout: BlockLayout, most: int | None) -> BlockLayout:
+    """The same coordinates in blocks of at most `most` dimensions, whole rows of the larger blocks."""
+    if most is None:
+        return layout
+    found = []
+    for block in layout.blocks:
+        step = max(1, most // block.cols)
+        for first in range(0, block.rows, step):
+            name = f"{block.name}, rows from {first}"
+            found.append(Block(name=name, rows=min(step, block.rows - first), cols=block.cols))
+    return BlockLayout(blocks=tuple(found))
 
 
 def _tell(what: str) -> None:
@@ -142,7 +182,9 @@ def _server(wanted: bool) -> Iterator[MilvusLink | None]:
         return
     from tests.milvus_process import milvus_server
 
-    with milvus_server() as server, MilvusLink(server.access) as link:
+    # On a busy machine an answer may take long, and the server gives up when an attempt's time is over.
+    policy = RetryPolicy(timeout_seconds=600, attempt_seconds=600)
+    with milvus_server() as server, MilvusLink(server.access, policy=policy) as link:
         yield link
 
 
@@ -174,12 +216,12 @@ def _agreeing(
         part = codes_N[first : first + IMPORTED]
         index.add(np.arange(first, first + len(part), dtype=np.int64), part, timeout_seconds=120)
     index.flush(timeout_seconds=300)
-    agreeing = {}
+    agreeing, starts = {}, range(0, len(codes_Q), SEARCHED)
     for limit in limits:
         if limit > MAX_CANDIDATES:
-            agreeing[limit] = 0
             continue
-        found_QL, _ = index.search(codes_Q, limit, timeout_seconds=300)
+        found = [index.search(codes_Q[i : i + SEARCHED], limit, timeout_seconds=600)[0] for i in starts]
+        found_QL = np.concatenate(found)
         width = found_QL.shape[1]
         decided_QL = np.ones(found_QL.shape, dtype=np.bool_)
         if limit == MAX_CANDIDATES:
