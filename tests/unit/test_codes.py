@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trackstar import codes
 from trackstar.codes import CodeKind, CodeSpec, Rotation, encode_codes, negate, padded_dim, sigma
 from trackstar.errors import InvalidRequest
 
@@ -62,6 +63,17 @@ def test_a_rows_code_does_not_depend_on_its_neighbours() -> None:
     together = rotation.apply(vectors, 1024)
     for start, stop in ((0, 1), (5, 8), (7, 24)):
         assert torch.equal(rotation.apply(vectors[start:stop], 1024), together[start:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_rotated_some_at_a_time_to_the_same_bytes(kind: CodeKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, rotation = CodeSpec(kind=kind, size=128, seed=0), Rotation(200, 0)
+    vectors = unit(torch.randn(50, 200, generator=generator()))
+    whole = encode_codes(spec, rotation, vectors)
+    assert len(encode_codes(spec, rotation, vectors[:0])) == 0
+    for rows in (1, 7, 49, 50):
+        monkeypatch.setattr(codes, "_ROTATED_BYTES", 4 * 256 * rows)
+        assert encode_codes(spec, rotation, vectors).tobytes() == whole.tobytes()
 
 
 def test_rotation_is_the_same_forever() -> None:
