@@ -48,7 +48,16 @@ from trackstar.passages import begin_token
 from trackstar.prepare import PrepareWorker
 from trackstar.prepare import default_shard_passages as default_shard_passages
 from trackstar.queries import read_queries, tokenize
-from trackstar.row_shards import Receipt, complete_part, finished_shards, purged_shards, read_part, read_receipt, stem
+from trackstar.row_shards import (
+    Receipt,
+    complete_part,
+    finished_shards,
+    purged_shards,
+    read_part,
+    read_receipt,
+    read_receipts,
+    stem,
+)
 from trackstar.rows import RowStore
 from trackstar.runs import (
     Outline,
@@ -225,9 +234,12 @@ class Build:
         return plan
 
     def _encode(self, number: int, corpus: CorpusConfig, plan: Plan) -> None:
-        finished = set(finished_shards(self._rows))
+        finished, part = set(finished_shards(self._rows)), read_part(self._rows, number)
+        if part is not None:
+            # What was purged and collected does not come back.
+            finished |= {shard for shard, _ in purged_shards(self._rows)}
         missing = [run for run in plan.runs if run.shard not in finished]
-        if not missing and read_part(self._rows, number) is not None:
+        if not missing and part is not None:
             return
         done = plan.num_passages - sum(run.num_passages for run in missing)
         left = sum(run.num_tokens for run in missing)
@@ -247,10 +259,17 @@ class Build:
         if plan.bad_records:
             self.progress.note(f"{plan.bad_records} bad records were skipped: {'; '.join(plan.bad_examples)}")
         facts = self._index.facts
+        collected = {} if part is None else {receipt.shard: receipt for receipt in read_receipts(self._rows, part)}
+        for shard in finished_shards(self._rows):
+            collected.pop(shard, None)
         complete_part(
             self._rows,
             number,
-            each(self._rows, lambda run: self._receipt(run.shard, run.num_passages), plan.runs),
+            each(
+                self._rows,
+                lambda run: collected.get(run.shard) or self._receipt(run.shard, run.num_passages),
+                plan.runs,
+            ),
             first_shard=plan.runs[0].shard if plan.runs else 0,
             shard_passages=facts["shard_passages"],
             dim=facts["dim"],
