@@ -48,7 +48,16 @@ from trackstar.passages import begin_token
 from trackstar.prepare import PrepareWorker
 from trackstar.prepare import default_shard_passages as default_shard_passages
 from trackstar.queries import read_queries, tokenize
-from trackstar.row_shards import Receipt, complete_part, finished_shards, purged_shards, read_part, read_receipt, stem
+from trackstar.row_shards import (
+    Receipt,
+    complete_part,
+    finished_shards,
+    purged_shards,
+    read_part,
+    read_receipt,
+    read_receipts,
+    stem,
+)
 from trackstar.rows import RowStore
 from trackstar.runs import (
     Outline,
@@ -238,7 +247,7 @@ class Build:
     def _encode(self, number: int, corpus: CorpusConfig, plan: Plan) -> None:
         if self._is_encoded(number, plan):
             return
-        finished = set(finished_shards(self._rows))
+        finished = self._finished(number)
         missing = [run for run in plan.runs if run.shard not in finished]
         done = plan.num_passages - sum(run.num_passages for run in missing)
         left = sum(run.num_tokens for run in missing)
@@ -258,10 +267,17 @@ class Build:
         if plan.bad_records:
             self.progress.note(f"{plan.bad_records} bad records were skipped: {'; '.join(plan.bad_examples)}")
         facts = self._index.facts
+        collected = {} if part is None else {receipt.shard: receipt for receipt in read_receipts(self._rows, part)}
+        for shard in finished_shards(self._rows):
+            collected.pop(shard, None)
         complete_part(
             self._rows,
             number,
-            each(self._rows, lambda run: self._receipt(run.shard, run.num_passages), plan.runs),
+            each(
+                self._rows,
+                lambda run: collected.get(run.shard) or self._receipt(run.shard, run.num_passages),
+                plan.runs,
+            ),
             first_shard=plan.runs[0].shard if plan.runs else 0,
             shard_passages=facts["shard_passages"],
             dim=facts["dim"],
@@ -270,8 +286,15 @@ class Build:
         )
 
     def _is_encoded(self, number: int, plan: Plan) -> bool:
-        finished = set(finished_shards(self._rows))
+        finished = self._finished(number)
         return read_part(self._rows, number) is not None and all(run.shard in finished for run in plan.runs)
+
+    def _finished(self, number: int) -> set[int]:
+        """Shards that need no encoding; of a finished part those too of which only a purged version is left."""
+        finished = set(finished_shards(self._rows))
+        if read_part(self._rows, number) is not None:
+            finished |= {shard for shard, _ in purged_shards(self._rows)}
+        return finished
 
     def _receipt(self, shard: int, num_passages: int) -> Receipt:
         receipt = read_receipt(self._rows, shard)

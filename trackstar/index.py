@@ -30,6 +30,7 @@ from trackstar.generation import Generation, open_rows, read_facts
 from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
 from trackstar.projection import Block, BlockLayout
+from trackstar.row_shards import finished_shards, purged_shards
 from trackstar.rows import RowStore
 from trackstar.storage import publish, publish_json, read_json
 
@@ -68,11 +69,12 @@ class Index:
             NotReady: there are no finished rows.
         """
         folder = self.root / "rows"
-        return (
-            RowStore(folder)
-            if name is None
-            else open_rows(folder, read_facts(self.catalog.home(name, retired=retired)))
-        )
+        if name is not None:
+            return open_rows(folder, read_facts(self.catalog.home(name, retired=retired)))
+        # Of purged shards the version that was encoded may have been collected.
+        encoded = set(finished_shards(folder))
+        versions = {shard: version for shard, version in purged_shards(folder) if shard not in encoded}
+        return RowStore(folder, versions=versions)
 
     def generation_names(self) -> list[str]:
         """Names of the finished generations."""

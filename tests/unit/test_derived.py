@@ -313,6 +313,20 @@ def test_purged_rows_go_when_no_generation_has_them_any_more(root: Path) -> None
     # What comes later stands on the purged shard too.
     third = build(root, append=more(root))
     assert Index(root / "index").rows(third).num_passages == 19
+    # Nothing of what was purged comes back with it, and documents can still be deleted.
+    assert garbage(catalog) == []
+    assert not (root / "index" / "rows" / "000000.safetensors").exists()
+    delete_documents(index.root, Index(root / "index").rows(), ["d4", "d14"])
+    assert ids_of(traced(root))
+    # Damage to the only version that is left: encoded again, and purged again.
+    (shard,) = (root / "index" / "rows").glob("000000-*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"x")
+    fourth = build_index(
+        make_config(settings(root, append=more(root), mix={"damping": 0.4})), root / "index", verify=True
+    )
+    fourth.close()
+    assert not set(ids_of(traced(root))) & {3, 4, 14}
 
 
 def test_nothing_is_collected_while_somebody_builds(root: Path) -> None:

@@ -165,7 +165,7 @@ Global___RerankResponse: _TypeAlias = RerankResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):
-    """Asks for passages with evidence."""
+    """Asks for passages with evidence. They come from a ranking, so those that were deleted since are answered too."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
