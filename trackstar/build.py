@@ -247,7 +247,7 @@ class Build:
     def _encode(self, number: int, corpus: CorpusConfig, plan: Plan) -> None:
         if self._is_encoded(number, plan):
             return
-        finished = self._finished(number)
+        finished, part = self._finished(number), read_part(self._rows, number)
         missing = [run for run in plan.runs if run.shard not in finished]
         done = plan.num_passages - sum(run.num_passages for run in missing)
         left = sum(run.num_tokens for run in missing)
