@@ -28,9 +28,11 @@ class ServeProcess:
         self.log = folder / f"serve-{len(list(folder.glob('serve-*')))}.log"
         with self.log.open("wb") as stream:
             self._process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while (found := re.search(r"serving on (\S+); metrics on port (\d+)", self.log.read_text())) is None:
             if self._process.poll() is not None or time.monotonic() > until:
+                self._process.kill()
+                self._process.wait()
                 raise AssertionError(self.log.read_text()[-3000:])
             time.sleep(0.05)
         self.address, self.metrics_port = found.group(1), int(found.group(2))

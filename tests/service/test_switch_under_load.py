@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from services.gateway.coarse_milvus import alias_of, collection_of, connect, fill_collection
@@ -45,7 +46,8 @@ def foremost_document(index: Path, name: str) -> str:
     return found
 
 
-def test_serving_switches_rolls_back_and_forgets_without_a_failed_or_mixed_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_serving_switches_rolls_back_and_forgets_without_a_failed_or_mixed_answer(tmp_path: Path, rounds: int) -> None:
     index, names = switching.build(tmp_path)
     doc_id = foremost_document(index, names.plain)
     expected = Expected(tmp_path / "expected", index, [doc_id])
@@ -62,11 +64,11 @@ def test_serving_switches_rolls_back_and_forgets_without_a_failed_or_mixed_answe
             switches += 1
 
         load.wait_for(names.plain)
-        for name in (names.damped, names.grown, names.purged, names.plain, names.purged, names.damped):
+        for name in (names.damped, names.grown, names.purged, names.plain, names.purged, names.damped) * rounds:
             activate(name)
             load.wait_for(name)
         # Back and forth without waiting: what is being opened is no longer wanted.
-        for name in (names.plain, names.grown, names.damped) * 2:
+        for name in (names.plain, names.grown, names.damped) * 2 * rounds:
             activate(name)
         began = time.monotonic()
         switching.delete(index, doc_id)
