@@ -160,6 +160,7 @@ def kills(arguments: list[str]) -> str:
     return found.stdout
 
 
+@pytest.mark.slow
 def test_killing_everything_once_changes_nothing() -> None:
     assert "every build the same" in kills(["--kills", "4", "--per-build", "4", "--seed", "3"])
 
