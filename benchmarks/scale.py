@@ -7,8 +7,8 @@ takes part: `benchmarks.synthetic` writes the corpus and makes cheap vectors of 
 own code: planning, row shards, the tree of R_train, whitening, codes, the generation, the import into a Milvus server
 (that of the tests, started for this; with --no-milvus codes in memory), and the audit with its scan of all rows.
 
-    time     CPU seconds of the build, and of the server while it is waited for; "linear" is time per row of the large
-             build over that of the small ones: 1 for what is linear, up to what is done once for each build
+    time     CPU seconds of the build, and of the server meanwhile; "linear" is the sum of both for a row of the large
+             build over that for one of the small ones: 1 for what is linear, less where something is done once a build
     memory   resident memory of the build: its peak in each stage, and the highest sample of every tenth of a stage
     scan     see `benchmarks.scan_speed`; of the large build
 """
@@ -127,6 +127,7 @@ class Clock:
         self._gate, self._now = gate, ""
         self._started = (0.0, 0.0, 0.0)
         self._samples: list[int] = []
+        self._server_high = 0
         self._ended = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -136,7 +137,7 @@ class Clock:
         assert stage in STAGES, stage
         self.server = self._gate(stage)
         forget_peak()
-        self._samples = [resident_bytes()]
+        self._samples, self._server_high = [resident_bytes()], 0
         self._started = (time.perf_counter(), time.process_time(), self._server_cpu())
         self._now = stage
 
@@ -153,7 +154,7 @@ class Clock:
             cpu=cpu,
             server_cpu=server_cpu,
             peak=peak_bytes(),
-            server_peak=resident_bytes(self.server.process_id) if self.server else 0,
+            server_peak=self._server_high,
             tenths=[max(samples[at : at + size]) for at in range(0, len(samples), size)],
         )
         self._now = ""
@@ -193,6 +194,8 @@ class Clock:
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_SECONDS):
             self._samples.append(resident_bytes())
+            if (server := self.server) is not None:
+                self._server_high = max(self._server_high, resident_bytes(server.process_id))
 
 
 def run(folder: Path, settings: Settings, gate: Callable[[str], Server | None] = lambda _stage: None) -> Turn:
@@ -343,8 +346,8 @@ def report(turns: Sequence[Turn]) -> str:
         "importing": large.code_bytes,
     }
     lines = [
-        f"| stage | us a row | rows/s | MB/s | linear | peak MiB, {other} | peak MiB, {size} | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| stage | us a row | of the server | rows/s | MB/s | linear | peak MiB, {other} | peak MiB, {size} | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, stage in large.stages.items():
         if name == "scan":
@@ -355,21 +358,23 @@ def report(turns: Sequence[Turn]) -> str:
         low = max(one.peak for one in before)
         moved = f"{bytes_of[name] / spent / 1e6:,.0f}" if name in bytes_of else ""
         lines.append(
-            f"| {name} | {1e6 * spent / large.passages:.2f} | {large.passages / spent:,.0f} | {moved} | "
+            f"| {name} | {1e6 * stage.cpu / large.passages:.2f} | {1e6 * stage.server_cpu / large.passages:.2f} | "
+            f"{large.passages / spent:,.0f} | {moved} | "
             f"{spent / large.passages / least:.2f} | {low / 2**20:,.0f} | {stage.peak / 2**20:,.0f} | "
             f"{stage.peak / low:.2f} |"
         )
     lines += ["", f"| stage, {size} rows | " + " | ".join(map(str, range(1, _TENTHS + 1))) + " |"]
     lines.append("| --- |" + " --- |" * _TENTHS)
     for name, stage in large.stages.items():
-        if len(stage.tenths) >= _TENTHS // 2:
+        # Scans hold arrays of their own.
+        if len(stage.tenths) >= _TENTHS // 2 and name != "scan":
             lines.append(f"| {name} | " + " | ".join(f"{value / 2**20:,.0f}" for value in stage.tenths) + " |")
     if any(turn.stages["importing"].server_peak for turn in turns):
         shown = ", ".join(
             f"{turn.passages:,} rows: " + " / ".join(f"{turn.stages[at].server_peak / 2**20:,.0f}" for at in _SERVED)
             for turn in turns
         )
-        lines += ["", f"Resident MiB of the server after {' / '.join(_SERVED)}, in turn: {shown}."]
+        lines += ["", f"Highest sample of the server's resident MiB while {' / '.join(_SERVED)}, in turn: {shown}."]
     lines += ["", *(f"{turn.passages:,} rows: recall@10 {turn.recall:.3f}." for turn in turns)]
     if large.scans:
         lines += ["", table(large.scans)]
