@@ -57,8 +57,10 @@ class Weighted:
         return [self._fuse(query.query_id, k) for query in queries]
 
     def _fuse(self, query_id: str, k: int) -> Retrieval:
-        found = [part[query_id] for part in self._parts]
-        shares = [weight * normalised(item.scores) for weight, item in zip(self.weights, found, strict=True)]
+        # A part of no weight adds no sentence either, so that the others' rankings stay as they are.
+        weighted = [(weight, part[query_id]) for weight, part in zip(self.weights, self._parts, strict=True) if weight]
+        found = [item for _, item in weighted]
+        shares = [weight * normalised(item.scores) for weight, item in weighted]
         return _joined(query_id, found, shares, k)
 
 
@@ -112,9 +114,9 @@ def _grid(num: int, steps: int) -> Iterator[tuple[float, ...]]:
     return (tuple(part / steps for part in whole) for whole in parts(num, steps))
 
 
-def _joined(query_id: str, found: Sequence[Retrieval], shares: Sequence[NDArray[np.float64]], k: int) -> Retrieval:
+def _joined(query_id: str, found: Sequence[Retrieval], shares: Sequence[NDArray[np.floating]], k: int) -> Retrieval:
     positions, places = np.unique(np.concatenate([item.positions for item in found]), return_inverse=True)
-    totals = np.zeros(len(positions))
+    totals: NDArray[np.floating] = np.zeros(len(positions))
     np.add.at(totals, places, np.concatenate(shares))
     ranking = best(positions, totals, sign=1.0, k=k)
     return Retrieval.of(query_id, ranking.ids, ranking.scores)

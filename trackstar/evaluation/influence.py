@@ -22,6 +22,7 @@ Legend: N passages, Q queries, d coordinates of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ from trackstar.queries import tokenize
 from trackstar.ranking import Ranking
 from trackstar.results import Query
 from trackstar.tombstones import read_deleted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ENCODED = 64
 # Rows whose whitened norms are made at once, in bytes of float32.
@@ -89,6 +93,8 @@ class InfluenceSource:
         if asked:
             model, device, trusted = self._model
             loaded = self.index.load_model(model, device=device, trust_remote_code=trusted)
+            for query in asked.values():
+                _check_target(query, loaded.tokenizer)
             add_bos = self.index.facts["add_bos"]
             examples = [
                 tokenize(query, loaded.tokenizer, add_bos=add_bos, max_tokens=loaded.max_tokens)
@@ -272,6 +278,15 @@ def positions_of(doc_ids: Iterable[str], sentences: Sentences, path: str) -> NDA
             f"{sentences.ids[missing]!r}; evaluate it on the corpus that it was built from"
         )
     return positions_N
+
+
+def _check_target(query: Query, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a target of which the tokenizer keeps nothing: some drop the characters that they do not know."""
+    ids = tokenizer(query.target.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+    if all(token == tokenizer.unk_token_id for token in ids):
+        raise InvalidRequest(
+            f"query {query.query_id!r}: the model's tokenizer has no tokens for the target {query.target!r}; leave it out"
+        )
 
 
 def _ready(query: Query, dual: Dual | InvalidRequest) -> Tensor:

@@ -28,7 +28,7 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
 
     # Before any figure; ids in SVG files are random without it.
     matplotlib.use("Agg")
-    settings = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
+    settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
     names = []
     with matplotlib.rc_context(settings):
         names += _save(draw_methods(results), folder / "methods")
