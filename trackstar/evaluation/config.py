@@ -77,6 +77,11 @@ class InfluenceSettings(_Method):
             raise ValueError("give either a generation, or a mix to fit here")
         return self
 
+    @property
+    def needs_task(self) -> bool:
+        """Whether its R is partly of task queries, and fitted here."""
+        return self.mix is not None and self.mix.kind == "task"
+
 
 class GoldSettings(_Method):
     """The gold sentences themselves."""
@@ -174,6 +179,15 @@ class FactsConfig(_Settings):
                 for name in settings.of:
                     if name not in seen.values():
                         raise ValueError(f"the fusion {settings.name!r} needs the method {name!r} listed before it")
+                if settings.rule == "weights" and not self.held_out:
+                    raise ValueError(
+                        f"the fusion {settings.name!r} learns its weights from held-out queries; set held_out above 0, "
+                        "or its rule to rank"
+                    )
+            if isinstance(settings, InfluenceSettings) and settings.needs_task and not self.task_queries:
+                raise ValueError(
+                    f"the task mix of {settings.name!r} needs queries that are not evaluated; set task_queries above 0"
+                )
             seen[folder] = settings.name
         return self
 

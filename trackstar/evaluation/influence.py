@@ -285,7 +285,8 @@ def _check_target(query: Query, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(query.target.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     if all(token == tokenizer.unk_token_id for token in ids):
         raise InvalidRequest(
-            f"query {query.query_id!r}: the model's tokenizer has no tokens for the target {query.target!r}; leave it out"
+            f"query {query.query_id!r}: the model's tokenizer has no tokens for the target {query.target!r}; leave the "
+            "fact out"
         )
 
 

@@ -166,12 +166,11 @@ class MethodMaker:
                 f"the index {settings.index!r} has no finished generation {generation!r}; it has "
                 f"{', '.join(index.generation_names()) or 'none'}"
             )
-        task = settings.mix is not None and settings.mix.kind == "task"
         return {
             "index": file_digest(index.root / "index.json"),
             "correction": file_digest(index.root / "correction.safetensors"),
             "rows": source.rows.digest,
             "generation": generation,
             "deleted": read_deleted(index.root).digest,
-            "task": digest_of_asked(self._selection.task) if task else None,
+            "task": digest_of_asked(self._selection.task) if settings.needs_task else None,
         }

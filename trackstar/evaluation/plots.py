@@ -26,8 +26,7 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
     """Write all plots that the results give; returns the files' names."""
     import matplotlib
 
-    # Before any figure; ids in SVG files are random without it.
-    matplotlib.use("Agg")
+    # Ids in SVG files are random without a salt.
     settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
     names = []
     with matplotlib.rc_context(settings):
@@ -54,7 +53,7 @@ def draw_methods(results: Mapping[str, Any]) -> Figure:
         panel.errorbar(means, places, xerr=ends.clip(min=0), fmt="o", color=_LINE, ecolor=_LINE, capsize=3, ms=5)
         for mean, place in zip(means, places, strict=True):
             panel.annotate(
-                f"{mean:.2f}", (mean, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7.5
+                f"{mean:.3f}", (mean, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7.5
             )
         panel.set_title(title_of(name), fontsize=11)
         panel.set_xlim(-0.04, 1.04)
@@ -79,11 +78,11 @@ def draw_groups(results: Mapping[str, Any], group: str, title: str) -> Figure:
     values = np.array([[part["mrr"]["mean"] for part in item["by"][group]] for item in methods])
     figure = Figure(figsize=(1.0 * len(counts) + 3.2, 0.34 * len(methods) + 1.5), layout="constrained")
     panel = figure.subplots()
-    panel.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    panel.imshow(values, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
-        colour = "white" if value > 0.6 else _INK
-        panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        colour = "white" if value > 0.75 else _INK
+        panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
     panel.set_xticks(range(len(counts)), [f"{label}\n({count:,})" for label, count in counts.items()])
     panel.set_yticks(range(len(methods)), [item["name"] for item in methods])
     panel.tick_params(length=0)

@@ -45,6 +45,8 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
     Raises:
         InvalidRequest, NotFound, Incompatible, CorruptArtifact: something that is given cannot be used as it is.
     """
+    if config.predictions is not None:
+        model_files(config.predictions.model)  # a folder that is not there shows at once
     sentences = Sentences.read(config.corpus)
     facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts)
     selection = Selection.draw(facts.facts, config)
