@@ -1,4 +1,4 @@
-"""The command line: `trackstar index`, `trace`, `scan`, `audit`, `generations`, `jobs`, `plan` and `show`.
+"""The command line: `trackstar index`, `trace`, `scan`, `audit`, `generations`, `jobs`, `eval`, `plan` and `show`.
 
 Contract: answers go to standard output, as tables or with --json as JSON; progress, notes and errors go to standard
 error. How commands end, and with which exit code, is told in `exits`.
@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from trackstar.cli_audit import audit
+from trackstar.cli_eval import evaluation
 from trackstar.cli_generations import activate, collect, delete, retire
 from trackstar.cli_index import index, print_json
 from trackstar.cli_jobs import jobs
@@ -49,6 +50,7 @@ for _command in (activate, delete, retire, collect):
     app.command()(_command)
 app.command()(plan)
 app.add_typer(jobs, name="jobs")
+app.add_typer(evaluation, name="eval")
 # What other packages add, such as the services' `serve`; they keep their own imports light.
 for _point in sorted(entry_points(group="trackstar.commands"), key=lambda point: point.name):
     app.command(_point.name)(_point.load())

@@ -30,6 +30,9 @@ _EXTRAS = {
     "milvus_lite": "index",
     "google": "client",
     "grpc": "client",
+    "bm25s": "eval",
+    "matplotlib": "eval",
+    "sentence_transformers": "eval",
 }
 
 

@@ -11,12 +11,12 @@ It writes no files and runs no model: it needs neither torch nor transformers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trackstar.passages import Passage
-    from trackstar.results import Evidence, Influence, Trace
+    from trackstar.results import Evidence, Influence, Query, Trace
 
 # Fields of the release's query and fact records that stay true whoever traces the query.
 _CARRIED = (
@@ -57,16 +57,8 @@ def release_record(trace: Trace, *, query_set: str = "queries") -> dict[str, Any
         `groundtruth` that is its `entity1`), `proponents` (texts), `proponent_ids` (the corpus's own ids),
         `proponent_scores`, the same three for opponents, and our extras under "trackstar".
     """
-    fields = trace.query.fields
-    carried = {name: fields[name] for name in _CARRIED if name in fields}
-    if "groundtruth" not in carried and "entity1" in carried:
-        carried["groundtruth"] = carried["entity1"]
     return {
-        "example_id": trace.query.query_id,
-        "query_set": str(fields.get("query_set", query_set)),
-        "inputs_plaintext": trace.query.prompt,
-        "targets_plaintext": trace.query.target,
-        **carried,
+        **_asked(trace.query, query_set),
         **_end("proponent", trace.proponents),
         **_end("opponent", trace.opponents),
         "trackstar": {
@@ -83,6 +75,40 @@ def release_record(trace: Trace, *, query_set: str = "queries") -> dict[str, Any
     }
 
 
+def retrieval_record(
+    query: Query,
+    *,
+    texts: Sequence[str],
+    ids: Sequence[str],
+    scores: Sequence[float],
+    correct: Sequence[bool],
+    query_set: str,
+    extras: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One line of the release's JSONL for what any retrieval method found, which has no opponents.
+
+    Args:
+        query: what was asked.
+        texts: of the passages found, best first.
+        ids: the corpus's own.
+        scores: by whatever scale the method has.
+        correct: whether each passage states the fact; the record's `proponent_correct`.
+        query_set: as of `release_record`.
+        extras: what goes under "trackstar".
+    """
+    return {
+        **_asked(query, query_set),
+        "proponents": list(texts),
+        "proponent_ids": list(ids),
+        "proponent_scores": list(scores),
+        "proponent_correct": list(correct),
+        "opponents": [],
+        "opponent_ids": [],
+        "opponent_scores": [],
+        "trackstar": dict(extras),
+    }
+
+
 def to_dict(trace: Trace) -> dict[str, Any]:
     """Everything a trace holds, for `trackstar trace --json`; `probability` is exp(-loss), that of the whole target."""
     return {
@@ -96,6 +122,21 @@ def to_dict(trace: Trace) -> dict[str, Any]:
         "exact": trace.exact,
         "examined": trace.examined,
         "seconds": dict(trace.seconds),
+    }
+
+
+def _asked(query: Query, query_set: str) -> dict[str, Any]:
+    """The part of a record that tells the query."""
+    fields = query.fields
+    carried = {name: fields[name] for name in _CARRIED if name in fields}
+    if "groundtruth" not in carried and "entity1" in carried:
+        carried["groundtruth"] = carried["entity1"]
+    return {
+        "example_id": query.query_id,
+        "query_set": str(fields.get("query_set", query_set)),
+        "inputs_plaintext": query.prompt,
+        "targets_plaintext": query.target,
+        **carried,
     }
 
 

@@ -1,0 +1,83 @@
+"""`trackstar eval`: which method finds the passages that state a fact, on facts and sentences in the release's format.
+
+Contract: as `cli`. Every subcommand takes a YAML file of settings and writes its files into --out; what is finished
+there is used again by the same command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trackstar.cli_index import print_json, quieten
+from trackstar.progress import StepProgress
+
+evaluation = typer.Typer(help="Compare methods on the same queries.", no_args_is_help=True)
+
+_UNITS = {"encoding": "queries", "predicting": "queries"}
+
+
+@evaluation.callback()
+def _root() -> None:
+    """Keeps a single subcommand a subcommand."""
+
+
+@evaluation.command()
+def facts(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")],
+    queries: Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Rank every sentence for every fact by every method, and measure which rankings find the gold sentences."""
+    from trackstar.evaluation.config import make_facts_config
+    from trackstar.index_config import read_config
+
+    content = read_config(config)
+    content |= {name: value for name, value in (("queries", queries), ("seed", seed)) if value is not None}
+    settings = make_facts_config(content)
+    from trackstar.evaluation.run import evaluate_facts
+
+    quieten()
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as held:
+        progress = held.enter_context(StepProgress(console))
+        results = evaluate_facts(
+            settings,
+            out,
+            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")),
+        )
+    if as_json:
+        print_json(results)
+    else:
+        _show(Console(), results)
+    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+
+
+def _show(console: Console, results: dict[str, Any]) -> None:
+    from trackstar.evaluation.measures import title_of
+
+    measures = [name for name in ("mrr", "recall_at_10", "precision_at_1", "map") if name in _overall(results, 0)]
+    table = Table(title=None, show_edge=False)
+    table.add_column("method")
+    for name in measures:
+        table.add_column(title_of(name), justify="right")
+    for number, item in enumerate(results["methods"]):
+        overall = _overall(results, number)
+        table.add_row(item["name"], *(_text(overall[name]) for name in measures))
+    console.print(table)
+
+
+def _overall(results: dict[str, Any], number: int) -> dict[str, Any]:
+    found: dict[str, Any] = results["methods"][number]["overall"]
+    return found
+
+
+def _text(numbers: dict[str, float]) -> str:
+    return f"{numbers['mean']:.3f} ({numbers['low']:.3f} to {numbers['high']:.3f})"

@@ -1,0 +1,176 @@
+"""From the settings of a method to the method, and to what its answers depend on beside its settings.
+
+Contract: `identity` is cheap, loads no model and changes whenever the answers could; `make` may take its time. Packages
+that only one kind of method needs are imported when that kind is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trackstar.errors import InvalidRequest
+from trackstar.evaluation.config import (
+    DenseSettings,
+    FusionSettings,
+    GoldSettings,
+    InfluenceSettings,
+    LexicalSettings,
+    MethodSettings,
+    RandomSettings,
+)
+from trackstar.evaluation.controls import Gold, Random
+from trackstar.evaluation.fusion import ReciprocalRank, Weighted, fit_weights
+from trackstar.evaluation.method import Method, OnStep, unheard
+from trackstar.evaluation.selection import Selection, digest_of_asked
+from trackstar.evaluation.sentences import Sentences
+from trackstar.evaluation.store import Finished
+from trackstar.storage import file_digest
+
+if TYPE_CHECKING:
+    from trackstar.evaluation.influence import InfluenceSource
+
+
+class MethodMaker:
+    """Makes the methods of one evaluation; indexes that several of them score are opened once.
+
+    Args:
+        sentences: the corpus.
+        selection: the queries.
+        k: depth of the rankings.
+        on_step: progress.
+    """
+
+    def __init__(self, sentences: Sentences, selection: Selection, k: int, on_step: OnStep = unheard) -> None:
+        self._sentences = sentences
+        self._selection = selection
+        self._k = k
+        self._on_step = on_step
+        self._sources: dict[tuple[str, str | None, str, bool], InfluenceSource] = {}
+
+    def close(self) -> None:
+        """Close the indexes."""
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
+
+    def identity(self, settings: MethodSettings, finished: Mapping[str, Finished]) -> dict[str, Any]:
+        """What the answers depend on beside settings, corpus, queries and depth.
+
+        Args:
+            settings: of the method.
+            finished: the methods before it, by name.
+        """
+        match settings:
+            case DenseSettings():
+                from trackstar.evaluation.dense import model_folder
+
+                folder = model_folder(settings.model)
+                files = sorted(path for path in folder.rglob("*") if path.is_file())
+                return {"files": {str(path.relative_to(folder)): file_digest(path) for path in files}}
+            case InfluenceSettings():
+                return self._identity_of_index(settings)
+            case FusionSettings():
+                return {"parts": [finished[name].digest for name in settings.of]}
+            case _:
+                return {}
+
+    def make(self, settings: MethodSettings, finished: Mapping[str, Finished]) -> tuple[Method, dict[str, Any]]:
+        """The method, and what was fitted for it (for the report).
+
+        Raises:
+            InvalidRequest, NotFound, Incompatible: it cannot be made as asked.
+        """
+        texts = self._sentences.texts
+        match settings:
+            case LexicalSettings():
+                from trackstar.evaluation.lexical import Lexical
+
+                words = frozenset(word.casefold() for word in settings.stopwords)
+                lexical = Lexical(
+                    settings.name, texts, k1=settings.k1, b=settings.b, stopwords=words, on_step=self._on_step
+                )
+                return lexical, {}
+            case DenseSettings():
+                from trackstar.evaluation.dense import Dense, model_folder
+
+                folder = model_folder(settings.model)
+                dense = Dense(
+                    settings.name,
+                    texts,
+                    folder,
+                    device=settings.device,
+                    batch=settings.batch,
+                    on_step=self._on_step,
+                )
+                return dense, {}
+            case InfluenceSettings():
+                return self._influence(settings)
+            case GoldSettings():
+                asked = self._selection.asked
+                gold = {fact.fact_id: fact.gold for fact in asked.facts}
+                return Gold(settings.name, gold), {}
+            case RandomSettings():
+                return Random(settings.name, len(texts), seed=settings.seed), {}
+            case FusionSettings():
+                return self._fusion(settings, finished)
+
+    def _fusion(self, settings: FusionSettings, finished: Mapping[str, Finished]) -> tuple[Method, dict[str, Any]]:
+        parts = [finished[name].by_id for name in settings.of]
+        if settings.rule == "rank":
+            return ReciprocalRank(settings.name, parts, constant=settings.constant), {}
+        held_out = self._selection.held_out
+        gold = {fact.fact_id: fact.gold for fact in held_out.facts}
+        weights = fit_weights(parts, held_out.queries, gold, steps=settings.steps, k=self._k)
+        return Weighted(settings.name, parts, weights), {"weights": dict(zip(settings.of, weights, strict=True))}
+
+    def _influence(self, settings: InfluenceSettings) -> tuple[Method, dict[str, Any]]:
+        from trackstar.evaluation.influence import Influence, fitted_whitening, whitening_of_generation
+
+        source = self._source(settings)
+        unit_norm = settings.unit_norm
+        if settings.mix is None:
+            generation = settings.generation or source.index.active()
+            whitening = whitening_of_generation(source, generation, unit_norm=unit_norm)
+            return Influence(settings.name, source, whitening, on_step=self._on_step), {"generation": generation}
+        whitening, weight = fitted_whitening(
+            source, settings.mix, self._selection.task.queries, unit_norm=unit_norm, on_step=self._on_step
+        )
+        fitted = {"lambda": weight} if settings.mix.kind == "task" else {}
+        return Influence(settings.name, source, whitening, on_step=self._on_step), fitted
+
+    def _source(self, settings: InfluenceSettings) -> InfluenceSource:
+        from trackstar.evaluation.influence import InfluenceSource
+
+        key = (settings.index, settings.model, settings.device, settings.trust_remote_code)
+        if key not in self._sources:
+            self._sources[key] = InfluenceSource(
+                settings.index,
+                self._sentences,
+                model=settings.model,
+                device=settings.device,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        return self._sources[key]
+
+    def _identity_of_index(self, settings: InfluenceSettings) -> dict[str, Any]:
+        from trackstar.tombstones import read_deleted
+
+        source = self._source(settings)
+        index = source.index
+        generation = settings.generation
+        if settings.mix is None and generation is None:
+            generation = index.active()
+        elif generation is not None and generation not in index.generation_names():
+            raise InvalidRequest(
+                f"the index {settings.index!r} has no finished generation {generation!r}; it has "
+                f"{', '.join(index.generation_names()) or 'none'}"
+            )
+        return {
+            "index": file_digest(index.root / "index.json"),
+            "correction": file_digest(index.root / "correction.safetensors"),
+            "rows": source.rows.digest,
+            "generation": generation,
+            "deleted": read_deleted(index.root).digest,
+            "task": digest_of_asked(self._selection.task) if settings.needs_task else None,
+        }

@@ -1,0 +1,165 @@
+"""An evaluation of facts from its settings to its files. Read this file last.
+
+    facts, sentences ─► queries ─► every method's retrievals ─► measures ─► results.json, table, plots
+
+    OUT/results.json             settings, numbers with intervals, overall and by group
+    OUT/results.md               tables
+    OUT/methods.png, .svg, ...   plots
+    OUT/retrievals/              what every method found, as records of the release
+    OUT/predictions.json         the model's own answers, if asked for
+
+Contract: the same settings on the same files give the same numbers, whether they are made at once or not: a method
+whose settings, corpus, queries and index are the same as before is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trackstar.evaluation.config import FactsConfig, FusionSettings
+from trackstar.evaluation.facts import FactSet
+from trackstar.evaluation.intervals import Bootstrap
+from trackstar.evaluation.measures import measure_all
+from trackstar.evaluation.method import OnStep, unheard
+from trackstar.evaluation.methods import MethodMaker
+from trackstar.evaluation.plots import draw_all
+from trackstar.evaluation.predictions import is_right, known_correctness, model_files, predict_all
+from trackstar.evaluation.report import difference, groupings, markdown, summarise
+from trackstar.evaluation.retrieval import TIE_RULE
+from trackstar.evaluation.selection import Selection, digest_of_asked
+from trackstar.evaluation.sentences import Sentences
+from trackstar.evaluation.store import Asked, Finished, RetrievalStore
+from trackstar.storage import digest_of, publish, publish_json, read_json
+
+# Changes when a method's answers change under the same settings, so that none is taken from before.
+FORMAT = 1
+
+
+def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard) -> dict[str, Any]:
+    """Run every method, judge it, and write all files; returns what results.json holds.
+
+    Raises:
+        InvalidRequest, NotFound, Incompatible, CorruptArtifact: something that is given cannot be used as it is.
+    """
+    if config.predictions is not None:
+        model_files(config.predictions.model)  # a folder that is not there shows at once
+    sentences = Sentences.read(config.corpus)
+    facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts)
+    selection = Selection.draw(facts.facts, config)
+    finished = run_methods(config, out, sentences, selection, on_step)
+    evaluated = selection.evaluated
+    right = _correctness(config, out, evaluated, on_step)
+    results = _results(config, sentences, facts, evaluated, finished, right)
+    publish_json(out / "results.json", results)
+    publish(out / "results.md", markdown(results).encode())
+    draw_all(results, out)
+    return results
+
+
+def run_methods(
+    config: FactsConfig, out: Path, sentences: Sentences, selection: Selection, on_step: OnStep = unheard
+) -> dict[str, Finished]:
+    """What every method found, by name; taken from before where nothing it depends on has changed.
+
+    All that methods depend on is looked at before the first is run, so that a wrong folder shows at once.
+    """
+    asked = selection.asked
+    store = RetrievalStore(out / "retrievals", sentences, query_set=Path(config.facts).stem)
+    common = {
+        "format": FORMAT,
+        "corpus": sentences.digest,
+        "evaluated": digest_of_asked(selection.evaluated),
+        "held_out": digest_of_asked(selection.held_out),
+        "k": config.k,
+    }
+    finished: dict[str, Finished] = {}
+    maker = MethodMaker(sentences, selection, config.k, on_step)
+    try:
+        for settings in config.methods:
+            if not isinstance(settings, FusionSettings):
+                maker.identity(settings, finished)
+        for settings in config.methods:
+            identity = maker.identity(settings, finished)
+            digest = digest_of({**common, "settings": settings.model_dump(mode="json"), "identity": identity})
+            known = store.read(settings.name, digest)
+            if known is None:
+                method, fitted = maker.make(settings, finished)
+                found = method.retrieve(asked.queries, config.k)
+                known = store.write(settings.name, digest, found, selection.evaluated, selection.held_out, fitted)
+            finished[settings.name] = known
+    finally:
+        maker.close()
+    return finished
+
+
+def _correctness(config: FactsConfig, out: Path, asked: Asked, on_step: OnStep) -> dict[str, bool]:
+    """By fact_id, whether the model's own answer is right; of those for which that is known."""
+    if config.predictions is None:
+        return known_correctness(asked.facts)
+    path = out / "predictions.json"
+    identity = {
+        "format": FORMAT,
+        "model": model_files(config.predictions.model),
+        "queries": [[query.query_id, query.prompt] for query in asked.queries],
+        "max_new_tokens": config.predictions.max_new_tokens,
+    }
+    digest = digest_of(identity)
+    known = read_json(path) if path.is_file() else {}
+    if known.get("digest") != digest:
+        known = {"digest": digest, "answers": predict_all(config.predictions, asked.queries, on_step)}
+        publish_json(path, known)
+    return {fact.fact_id: is_right(known["answers"][fact.fact_id], fact.targets) for fact in asked.facts}
+
+
+def _results(
+    config: FactsConfig,
+    sentences: Sentences,
+    facts: FactSet,
+    evaluated: Asked,
+    finished: dict[str, Finished],
+    right: dict[str, bool],
+) -> dict[str, Any]:
+    bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
+    groups = groupings(evaluated.facts, right)
+    gold: Sequence[tuple[int, ...]] = [fact.gold for fact in evaluated.facts]
+    methods: list[dict[str, Any]] = []
+    first: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    for settings in config.methods:
+        known = finished[settings.name]
+        values_QM = measure_all(known.evaluated, gold, config.depths)
+        first = values_QM if first is None else first
+        methods.append(
+            {
+                "name": settings.name,
+                "kind": settings.kind,
+                "settings": settings.model_dump(mode="json"),
+                "fitted": dict(known.fitted),
+                **summarise(values_QM, groups, bootstrap, config.depths),
+                "against_first": difference(values_QM, first, bootstrap, config.depths),
+            }
+        )
+    return {
+        "about": {
+            "queries": len(evaluated.queries),
+            "held_out": config.held_out,
+            "task_queries": config.task_queries,
+            "facts": len(facts.facts),
+            "without_gold": facts.without_gold,
+            "gold_source": facts.source,
+            "gold_agreeing": facts.agreeing,
+            "gold_differing": facts.differing,
+            "sentences": len(sentences),
+            "corpus_digest": sentences.digest,
+            "facts_digest": facts.digest,
+            "k": config.k,
+            "level": bootstrap.level,
+            "ties": TIE_RULE,
+            "predicted_right": sum(right.values()) if right else None,
+        },
+        "settings": config.model_dump(mode="json"),
+        "methods": methods,
+    }
