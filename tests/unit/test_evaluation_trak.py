@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests import tiny
 from trackstar.build import build_index, make_config
+from trackstar.encode import Example
 from trackstar.errors import Incompatible, InvalidRequest
 from trackstar.evaluation import trak
 from trackstar.evaluation.trak import Trak
@@ -183,7 +184,7 @@ def test_deleted_documents_are_not_retrieved(root: Path, tmp_path: Path) -> None
 def test_the_mean_error_does_not_depend_on_the_batch(root: Path) -> None:
     loaded = tiny.load(root / "model-0", torch.float64)
     passages = Index(root / "first").rows().passages(range(12))
-    examples = [trak.Example(tokens=passage.tokens[: 1 + number]) for number, passage in enumerate(passages)]
+    examples = [Example(tokens=passage.tokens[: 1 + number]) for number, passage in enumerate(passages)]
     together = trak.mean_errors(loaded, examples)
     alone = [trak.mean_errors(loaded, [example])[0] for example in examples]
     np.testing.assert_allclose(together, alone, rtol=1e-6)

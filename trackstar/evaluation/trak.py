@@ -10,7 +10,7 @@ absolute value), and nothing is normalised, so long passages score higher.
 What a language model leaves open: a passage has many targets. Its margin is the sum over tokens, so 1 - p_m is the mean
 over tokens of 1 - p_t, the one derivative that fits them all. `damping` is in mean eigenvalues of Phi^T Phi; the paper
 has none, which needs more passages than coordinates. The paper's soft threshold, fitted to retrained models, is left
-out: it changes no order.
+out: it changes the order of no two scores that it keeps.
 
 Phi^T Phi takes 8 d^2 bytes; with `blockwise` it is taken for each block of a row apart, which is not TRAK's any more
 but stands a d of 65,536. A scan reads one shard of each checkpoint at a time, for all queries at once.
@@ -102,7 +102,9 @@ class Trak:
     @cached_property
     def weights_N(self) -> NDArray[np.float32]:
         """Q: 1 - p of every passage, averaged over its tokens and the checkpoints; one forward pass over the corpus."""
-        return np.mean([checkpoint.errors_N() for checkpoint in self._checkpoints], axis=0, dtype=np.float32)
+        errors_CN = np.stack([checkpoint.errors_N() for checkpoint in self._checkpoints])
+        mean_N: NDArray[np.float32] = errors_CN.mean(axis=0, dtype=np.float32)
+        return mean_N
 
     def scores(self, queries: Sequence[Query]) -> Iterator[Scores]:
         """Scores of every passage, in order of their ids, a run of them at a time.
