@@ -183,7 +183,7 @@ def test_what_cannot_be_judged_is_refused(loaded: LoadedModel, tmp_path: Path) -
     path = tmp_path / "effects.jsonl"
     judge = TailPatchJudge(loaded, path)
     get = PASSAGES.__getitem__
-    for queries, lists, steps, depths, says in [
+    cases: list[tuple[list[Example], dict[str, Any], dict[str, PatchStep], tuple[int, ...], str]] = [
         ([], {"m": []}, STEPS, (1,), "at least one query"),
         (QUERIES, {}, STEPS, (1,), "at least one method"),
         (QUERIES, LISTS, {}, (1,), "at least one step"),
@@ -191,7 +191,8 @@ def test_what_cannot_be_judged_is_refused(loaded: LoadedModel, tmp_path: Path) -
         (QUERIES, LISTS, STEPS, (0, 1), "at a depth of 0 means nothing"),
         (QUERIES[:2], LISTS, STEPS, (1,), "the method 'long' has lists for 3 queries, there are 2; give one for each"),
         (QUERIES, LISTS, {"c": PatchStep(optimizer="adamw", carry="both")}, (1,), "there is no optimizer state"),
-    ]:
+    ]
+    for queries, lists, steps, depths, says in cases:
         with pytest.raises(InvalidRequest, match=says):
             judge.judge(queries, get, lists, steps, depths=depths)
     with writing(tmp_path, name=".effects.jsonl.lock"), pytest.raises(NotReady, match="another process"):

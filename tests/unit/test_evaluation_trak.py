@@ -104,8 +104,8 @@ def reference(folders: list[Path], damping: float, parts: int = 1) -> NDArray[np
 
 def scores_of(method: Trak) -> NDArray[np.float32]:
     parts = list(method.scores(QUERIES))
-    assert [part.first for part in parts] == np.cumsum([0, *(part.scores_Qn.shape[1] for part in parts)])[:-1].tolist()
-    return np.concatenate([part.scores_Qn for part in parts], axis=1)
+    assert [first for first, _ in parts] == np.cumsum([0, *(part.shape[1] for _, part in parts)])[:-1].tolist()
+    return np.concatenate([part for _, part in parts], axis=1)
 
 
 @pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])

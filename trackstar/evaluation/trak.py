@@ -21,7 +21,6 @@ Legend: N passages, n of them at once, Q queries, d coordinates of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,9 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trackstar.encode import QUERY_LENGTH_STEP, Example, plan_batches
+from trackstar.encode import QUERY_LENGTH_STEP, Example
 from trackstar.errors import Incompatible, InvalidRequest
 from trackstar.evaluation.outputs import error
+from trackstar.evaluation.passes import summed
 from trackstar.hessian import ProductSums, product_sums
 from trackstar.index import Index
 from trackstar.model import LoadedModel
@@ -46,14 +46,6 @@ from trackstar.tombstones import read_deleted
 MAX_WHOLE_DIM = 16384
 # Of a query, its document ids and scores, best first.
 Found = tuple[str, list[str], list[float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """Scores float32 [Q, n] of the passages from `first` on."""
-
-    first: int
-    scores_Qn: NDArray[np.float32]
 
 
 class Trak:
@@ -106,8 +98,8 @@ class Trak:
         mean_N: NDArray[np.float32] = errors_CN.mean(axis=0, dtype=np.float32)
         return mean_N
 
-    def scores(self, queries: Sequence[Query]) -> Iterator[Scores]:
-        """Scores of every passage, in order of their ids, a run of them at a time.
+    def scores(self, queries: Sequence[Query]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Scores of every passage, in order of their ids: the first id of a run of passages, and float32 [Q, n].
 
         Raises:
             InvalidRequest: a query cannot be tokenised, or Phi^T Phi has no inverse.
@@ -121,7 +113,7 @@ class Trak:
             for checkpoint, dual_Qd in zip(self._checkpoints, duals, strict=True):
                 scores_Qn += (dual_Qd @ checkpoint.read(first, end).mT).numpy()
             scores_Qn *= self.weights_N[first:end] / np.float32(len(duals))
-            yield Scores(first=first, scores_Qn=scores_Qn)
+            yield first, scores_Qn
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Found]:
         """The best k documents of each query, each by its best passage; ties go to the one that comes first.
@@ -135,10 +127,10 @@ class Trak:
         documents = self._documents()
         # Of one document, so many passages may be among the best.
         deep = k * int(np.bincount(documents).max(initial=1))
-        for part in self.scores(queries):
-            ids = np.arange(part.first, part.first + part.scores_Qn.shape[1], dtype=np.int64)
+        for first, scores_Qn in self.scores(queries):
+            ids = np.arange(first, first + scores_Qn.shape[1], dtype=np.int64)
             kept = slice(None) if self._shown is None else self._shown[ids]
-            for query, scores_n in enumerate(part.scores_Qn):
+            for query, scores_n in enumerate(scores_Qn):
                 found = best(ids[kept], scores_n[kept], sign=1.0, k=deep)
                 rankings[query] = rankings[query].merge(found, sign=1.0, k=deep)
         return [self._found(query, ranking, documents, k) for query, ranking in zip(queries, rankings, strict=True)]
@@ -254,36 +246,10 @@ def solve(kernel: ProductSums, layout: BlockLayout, phi_Qd: Tensor, *, damping: 
     return torch.cat(solved, dim=1).float()
 
 
-@torch.no_grad()
-def mean_errors(
-    loaded: LoadedModel, examples: Sequence[Example], *, max_batch_tokens: int = 1024
-) -> NDArray[np.float32]:
-    """1 - p averaged over each example's target tokens, float32 [N]; zero for one without any.
-
-    Args:
-        loaded: the checkpoint.
-        examples: none longer than its window.
-        max_batch_tokens: padded tokens of a pass, whose logits stand whole.
-    """
-    device = loaded.model.device
-    found_N = np.zeros(len(examples), dtype=np.float32)
-    for batch in plan_batches([len(example.tokens) for example in examples], max_batch_tokens):
-        length = max(len(examples[index].tokens) for index in batch)
-        tokens_BT = np.zeros((len(batch), length), dtype=np.int64)
-        is_target_BT = np.zeros((len(batch), length), dtype=bool)
-        for row, index in enumerate(batch):
-            example = examples[index]
-            tokens_BT[row, : len(example.tokens)] = example.tokens
-            is_target_BT[row, max(1, example.first_target) : len(example.tokens)] = True
-        tokens = torch.from_numpy(tokens_BT).to(device)
-        logits_BTV = loaded.model(input_ids=tokens, use_cache=False).logits
-        rows, positions = torch.from_numpy(is_target_BT[:, 1:]).to(device).nonzero(as_tuple=True)
-        logits_nV = logits_BTV[rows, positions]
-        errors_n = error(
-            logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float(), tokens[rows, positions + 1]
-        )
-        sums_B = torch.zeros(len(batch), dtype=torch.float64, device=device).index_add_(0, rows, errors_n.double())
-        found_N[batch] = sums_B.cpu().numpy() / np.maximum(1, is_target_BT.sum(1))
+def mean_errors(loaded: LoadedModel, examples: Sequence[Example]) -> NDArray[np.float32]:
+    """1 - p averaged over each example's target tokens, float32 [N]; zero for one without any."""
+    counts_N = np.array([max(1, example.num_targets) for example in examples])
+    found_N: NDArray[np.float32] = (summed(loaded.model, examples, error) / counts_N).astype(np.float32)
     return found_N
 
 
