@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.unit.test_tail_patch import adamw, example, loss, trained
+from tests.unit.test_tail_patch import adamw, example, loss, trained, transformers_adafactor
 from trackstar.encode import Example
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotReady
 from trackstar.evaluation.tail_patch_judge import DEPTHS, Judgement, TailPatchJudge, steps_side_by_side
@@ -203,8 +203,27 @@ def test_what_cannot_be_judged_is_refused(loaded: LoadedModel, tmp_path: Path) -
             TailPatchJudge(loaded, path)
 
 
+def test_adafactors_state_is_carried_too(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", "gpt2")
+    model = trained(folder, transformers_adafactor)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+
+    def going_on(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = transformers_adafactor(parameters)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        return optimizer
+
+    judge = TailPatchJudge(model, tmp_path / "effects.jsonl", optimizer=folder)
+    steps = {"a": PatchStep(optimizer="adafactor", learning_rate=3e-3, weight_decay=0.1, carry="second")}
+    (one,) = judge.judge(QUERIES[:1], PASSAGES.__getitem__, {"m": [["d1"]]}, steps, depths=[1])
+    expected, _ = by_hand(model, QUERIES[0], PASSAGES["d1"], going_on)
+    assert one.tail_patch == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_steps_of_a_report() -> None:
-    assert list(steps_side_by_side(sgd=0.01, adamw=1e-4, carried=False)) == ["SGD 0.01", "AdamW 0.0001, fresh"]
-    steps = steps_side_by_side(sgd=0.01, adamw=1e-4, carried=True)
+    assert list(steps_side_by_side(sgd=0.01, adamw=1e-4, carried="none")) == ["SGD 0.01", "AdamW 0.0001, fresh"]
+    steps = steps_side_by_side(sgd=0.01, adamw=1e-4, carried="adamw")
     assert [step.carry for step in steps.values()] == ["none", "none", "second", "both"]
     assert [step.learning_rate for step in steps.values()] == [0.01, 1e-4, 1e-4, 1e-4]
+    steps = steps_side_by_side(sgd=0.01, adamw=1e-4, carried="adafactor")
+    assert [(step.optimizer, step.carry) for step in steps.values()][2:] == [("adafactor", "second")]

@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,13 @@ from trackstar.encode import Example
 from trackstar.errors import CorruptArtifact, InvalidRequest
 from trackstar.locks import writing
 from trackstar.model import LoadedModel
-from trackstar.optimizer_state import find_optimizer, read_adam_moments
+from trackstar.optimizer_state import (
+    AdafactorMoments,
+    AdamMoments,
+    find_optimizer,
+    read_adafactor_moments,
+    read_adam_moments,
+)
 from trackstar.storage import digest_of, file_digest
 from trackstar.tail_patch import PatchEffect, PatchStep, TailPatcher
 
@@ -60,24 +67,28 @@ class Judgement:
         return float(self.probability_Q.mean())
 
 
-def steps_side_by_side(*, sgd: float, adamw: float, carried: bool) -> dict[str, PatchStep]:
-    """The steps of a report, by name: plain descent, AdamW from a fresh state and, if there is one, from training's.
+def steps_side_by_side(
+    *, sgd: float, adamw: float, carried: Literal["none", "adamw", "adafactor"]
+) -> dict[str, PatchStep]:
+    """The steps of a report, by name: plain descent, AdamW from a fresh state, and those that carry training's on.
 
     Args:
         sgd: learning rate of plain descent.
-        adamw: learning rate of AdamW; it moves every weight by about so much, whatever the gradient's size.
-        carried: whether there is an optimizer state to carry on.
+        adamw: learning rate of AdamW and Adafactor; they move every weight by about so much, whatever the gradient's
+            size.
+        carried: whose state there is to carry on.
     """
     steps = {
         f"SGD {sgd:g}": PatchStep(optimizer="sgd", learning_rate=sgd),
         f"AdamW {adamw:g}, fresh": PatchStep(optimizer="adamw", learning_rate=adamw),
     }
-    if carried:
-        steps[f"AdamW {adamw:g}, second moment carried"] = PatchStep(
-            optimizer="adamw", learning_rate=adamw, carry="second"
-        )
-        steps[f"AdamW {adamw:g}, both moments carried"] = PatchStep(
-            optimizer="adamw", learning_rate=adamw, carry="both"
+    if carried == "adamw":
+        second = PatchStep(optimizer="adamw", learning_rate=adamw, carry="second")
+        steps[f"AdamW {adamw:g}, second moment carried"] = second
+        steps[f"AdamW {adamw:g}, both moments carried"] = second.model_copy(update={"carry": "both"})
+    elif carried == "adafactor":
+        steps[f"Adafactor {adamw:g}, second moment carried"] = PatchStep(
+            optimizer="adafactor", learning_rate=adamw, carry="second"
         )
     return steps
 
@@ -92,11 +103,11 @@ class TailPatchJudge:
 
     Raises:
         CorruptArtifact: the cache, but for a last line that was cut off, is not what was written.
-        TrackstarError: as `read_adam_moments` and `TailPatcher`.
+        TrackstarError: as `read_moments` and `TailPatcher`.
     """
 
     def __init__(self, loaded: LoadedModel, cache: Path, *, optimizer: Path | None = None) -> None:
-        moments = None if optimizer is None else read_adam_moments(optimizer, loaded.model)
+        moments = None if optimizer is None else read_moments(optimizer, loaded)
         self._patcher = TailPatcher(loaded.model, moments=moments)
         self._model = loaded.digest
         self._moments = None if optimizer is None else file_digest(find_optimizer(optimizer))
@@ -173,6 +184,19 @@ class TailPatchJudge:
         if self._path.is_file() and self._path.stat().st_size > end:
             with self._path.open("r+b") as stream:
                 stream.truncate(end)
+
+
+def read_moments(path: Path, loaded: LoadedModel) -> dict[str, AdamMoments] | dict[str, AdafactorMoments]:
+    """The moments of Adam, AdamW or transformers' Adafactor in a checkpoint's folder or optimizer.pt.
+
+    Raises:
+        InvalidRequest: it is of neither.
+        TrackstarError: as `read_optimizer`.
+    """
+    try:
+        return read_adafactor_moments(path, loaded.model)
+    except InvalidRequest:
+        return read_adam_moments(path, loaded.model)
 
 
 def _judgement(
