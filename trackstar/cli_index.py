@@ -61,6 +61,12 @@ def index(
         bool,
         typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=_MODEL),
     ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="loss|margin|logit", help="What rows hold the gradient of; loss by default.", rich_help_panel=_MODEL
+        ),
+    ] = None,
     layer_blocks: Annotated[
         int | None, typer.Option(help="Groups of layers; proposed if left out.", rich_help_panel=_PROJECTION)
     ] = None,
@@ -163,6 +169,7 @@ def index(
         "moments.rank": moments_rank,
         "moments.exact": exact_moments or None,
         "exclude": exclude,
+        "objective": objective,
         "trust_remote_code": trust_remote_code or None,
         "projection.layer_blocks": layer_blocks,
         "projection.rows": rows,

@@ -13,8 +13,19 @@ from typing import Any, Literal, Protocol, TypeVar
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-# prepare, encoding: need the model. planning: reads the corpus. All others read rows or codes.
-Stage = Literal["prepare", "planning", "encoding", "statistics", "whitening", "purging", "coding", "importing", "audit"]
+# prepare, encoding, retraining: need the model. planning: reads the corpus. All others read rows or codes.
+Stage = Literal[
+    "prepare",
+    "planning",
+    "encoding",
+    "statistics",
+    "whitening",
+    "purging",
+    "coding",
+    "importing",
+    "audit",
+    "retraining",
+]
 Report = Callable[[int], None]
 """Told of so many tokens that were processed since the last call."""
 

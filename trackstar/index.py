@@ -26,7 +26,9 @@ from trackstar.catalog import FORMAT as FORMAT
 from trackstar.catalog import Catalog
 from trackstar.encode import Encoder, fold_factors
 from trackstar.errors import CorruptArtifact, Incompatible, InvalidRequest, NotFound
+from trackstar.evaluation.outputs import OBJECTIVES
 from trackstar.generation import Generation, open_rows, read_facts
+from trackstar.loss import Objective
 from trackstar.model import LoadedModel, load_model
 from trackstar.moments import SeparableScale
 from trackstar.projection import Block, BlockLayout
@@ -141,12 +143,32 @@ class Index:
                 f"{self.facts['model']['digest'][:12]}; give the checkpoint it was built with"
             )
 
+    @property
+    def objective(self) -> Objective:
+        """What rows hold the gradient of.
+
+        Raises:
+            Incompatible: this version does not know it.
+        """
+        name = self.facts.get("objective", _DEFAULTS["objective"])
+        if name not in OBJECTIVES:
+            raise Incompatible(
+                f"{str(self.root)!r} holds gradients of {name!r}, this version knows {', '.join(OBJECTIVES)}; "
+                "build it again"
+            )
+        return OBJECTIVES[name]
+
     def encoder(self, loaded: LoadedModel, *, length_step: int = 1) -> Encoder:
         """An encoder that makes rows of the same kind as the index holds; `length_step` as of `Encoder`."""
         correction = load_correction(self.root / "correction.safetensors")
         factors = fold_factors(loaded, self.layout, correction, seed=self.facts["projection"]["seed"])
         return Encoder(
-            loaded, self.layout, factors, max_batch_tokens=self.facts["max_batch_tokens"], length_step=length_step
+            loaded,
+            self.layout,
+            factors,
+            max_batch_tokens=self.facts["max_batch_tokens"],
+            objective=self.objective,
+            length_step=length_step,
         )
 
 
@@ -194,6 +216,8 @@ def load_correction(path: Location) -> Correction:
 
 # Where things lay and how many tokens went into a batch may change between runs; what they hold may not.
 _FREE_TO_CHANGE = ("model.path", "corpus.paths", "corpus.skip_bad", "max_batch_tokens")
+# What index.json means where it does not say.
+_DEFAULTS = {"objective": "loss"}
 
 
 def check_identity(root: Location, identity: dict[str, Any]) -> None:
@@ -247,6 +271,10 @@ def _differences(then: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]
         return [
             difference
             for key in keys
-            for difference in _differences(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
+            for difference in _differences(
+                then.get(key, _DEFAULTS.get(key)),
+                now.get(key, _DEFAULTS.get(key)),
+                f"{prefix}.{key}" if prefix else str(key),
+            )
         ]
     return [] if then == now else [(prefix, then, now)]

@@ -15,6 +15,7 @@ from trackstar.audit import AuditConfig
 from trackstar.code_config import CodeConfig
 from trackstar.corpus import CorpusConfig
 from trackstar.errors import InvalidRequest, NotFound
+from trackstar.evaluation.outputs import ObjectiveName
 from trackstar.hessian import MixConfig
 
 
@@ -45,7 +46,9 @@ class IndexConfig(BaseModel):
 
     append: corpora whose passages follow those of `corpus`, each a part of its own. R_train stays that of `corpus`, so
     that old codes keep holding, unless `refit` makes it of all. purge: leave deleted passages out for good.
-    audit: what a generation must pass before it can answer. activate: then make it the one that answers.
+    objective: what rows hold the gradient of, of passages and queries alike (`evaluation.outputs`); the value kept
+    beside each row is that of the objective too. audit: what a generation must pass before it can answer. activate:
+    then make it the one that answers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +58,7 @@ class IndexConfig(BaseModel):
     refit: bool = False
     purge: bool = False
     model: str
+    objective: ObjectiveName = "loss"
     moments: MomentsConfig = MomentsConfig()
     projection: ProjectionConfig = ProjectionConfig()
     mix: MixConfig = MixConfig()

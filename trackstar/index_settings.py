@@ -40,6 +40,7 @@ def settings_of(root: Location) -> dict[str, Any]:
             },
             **{key: facts[key] for key in ("window_tokens", "row_dtype", "compute_dtype", "shard_passages")},
             **{key: facts[key] for key in ("max_batch_tokens", "exclude")},
+            "objective": facts.get("objective", "loss"),
         }
         name = catalog.pointer()
         if name is not None and name in catalog.finished():

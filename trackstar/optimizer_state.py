@@ -13,7 +13,8 @@ The state numbers its parameters in the order of the parameter groups and (witho
 they are. The Trainer puts parameters with weight decay first; which those are changed between its versions, so the
 known groupings are tried in turn and the first whose group sizes and shapes all fit is taken. Tied weights appear once.
 
-`read_adam_moments` gives both of Adam's moments as they are stored, to continue training from.
+`read_adam_moments` gives both of Adam's moments as they are stored, and `read_adafactor_moments` those of transformers'
+Adafactor, to continue training from.
 
 It does not read sharded states (DeepSpeed, FSDP shards), 8-bit states, or gradients.
 """
@@ -65,6 +66,21 @@ class AdamMoments:
     step: float
     betas: tuple[float, float]
     eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdafactorMoments:
+    """Second moment of one parameter after `step` steps: averages over its rows and columns, or whole if it has one
+    dimension. Step t forgets t^`decay` of it; `eps` is added to squared gradients, and updates are cut to a root mean
+    square of `clip`."""
+
+    row: Tensor | None
+    col: Tensor | None
+    whole: Tensor | None
+    step: float
+    decay: float
+    eps: float
+    clip: float
 
 
 def transposed_parameters(model: nn.Module) -> frozenset[str]:
@@ -187,6 +203,45 @@ def read_adam_moments(path: Path, model: nn.Module) -> dict[str, AdamMoments]:
     return found
 
 
+def read_adafactor_moments(path: Path, model: nn.Module) -> dict[str, AdafactorMoments]:
+    """Adafactor's moments by parameter name, in the parameter's own shape; those without a gradient are left out.
+
+    Args:
+        path: as of `read_adam_moments`.
+        model: as of `read_adam_moments`.
+
+    Raises:
+        NotFound, CorruptArtifact, Incompatible: as `read_optimizer`.
+        InvalidRequest: another optimizer than transformers' Adafactor wrote it.
+    """
+    path = find_optimizer(path)
+    groups, states = _open(path)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found: dict[str, AdafactorMoments] = {}
+    for index, (name, group) in _parameter_names(groups, states, model, shapes).items():
+        state = states.get(index)
+        if not state:
+            continue
+        row, col, whole = (state.get(key) for key in (*_FACTORED_KEYS[0], "exp_avg_sq"))
+        if (row is None or col is None) == (whole is None) or "clip_threshold" not in group:
+            raise InvalidRequest(
+                f"the optimizer state {str(path)!r} is not that of transformers' Adafactor, so it cannot be carried "
+                "on; take a step from a fresh state instead"
+            )
+        if "step" not in state or "decay_rate" not in group:
+            raise _lacks_step(path)
+        found[name] = AdafactorMoments(
+            row=row,
+            col=col,
+            whole=whole,
+            step=float(state["step"]),
+            decay=float(group["decay_rate"]),
+            eps=float(group["eps"][0]),
+            clip=float(group["clip_threshold"]),
+        )
+    return found
+
+
 def _open(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -298,7 +353,7 @@ def _adam(state: dict[str, Any], group: dict[str, Any], shape: tuple[int, ...], 
 
 def _lacks_step(path: Path) -> CorruptArtifact:
     return CorruptArtifact(
-        f"the optimizer state {str(path)!r} lacks the step count or betas of Adam, so it cannot be corrected"
+        f"the optimizer state {str(path)!r} lacks the step count or decay of its moments, so it cannot be corrected"
     )
 
 

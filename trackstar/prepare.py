@@ -132,6 +132,8 @@ def _identity(
         "shard_passages": config.shard_passages or default_shard_passages(layout.dim, config.row_dtype),
         "max_batch_tokens": config.max_batch_tokens,
         "exclude": list(config.exclude),
+        # An index of the loss does not say so, as before there was a choice.
+        **({} if config.objective == "loss" else {"objective": config.objective}),
     }
 
 

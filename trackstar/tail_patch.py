@@ -32,18 +32,22 @@ from transformers import PreTrainedModel
 
 from trackstar.encode import Example
 from trackstar.errors import InvalidRequest, NotReady, UnsupportedModel
-from trackstar.optimizer_state import AdamMoments
+from trackstar.optimizer_state import AdafactorMoments, AdamMoments
+
+Moments = AdamMoments | AdafactorMoments
 
 
 class PatchStep(BaseModel):
     """The training step. Unknown keys are refused.
 
-    optimizer: plain gradient descent, AdamW, or torch's Adafactor without state from before.
+    optimizer: plain gradient descent, AdamW, or Adafactor: torch's from a fresh state, and transformers' where its
+        moments are carried on.
     weight_decay: decoupled; moves the weights alike whatever the passage.
     betas, eps: of AdamW's step from a fresh state; carried moments bring their own.
-    carry: which moments of AdamW go on from training: none; the second, so that the passage's own gradient is scaled as
-        training would (its first step moves it by 1 - beta1 of the learning rate); or both, the step that training
-        itself would take. The first moment pushes alike whatever the passage, so it shifts all effects together.
+    carry: which moments go on from training: none; the second, so that the passage's own gradient is scaled as
+        training would (AdamW's first step moves it by 1 - beta1 of the learning rate); or both, the step that training
+        itself would take. Adafactor has the second only. The first moment pushes alike whatever the passage, so it
+        shifts all effects together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,8 +63,10 @@ class PatchStep(BaseModel):
     def _check(self) -> PatchStep:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError("betas must lie between 0 and 1, 1 excluded")
-        if self.carry != "none" and self.optimizer != "adamw":
-            raise ValueError("carry needs the optimizer adamw")
+        if self.carry != "none" and self.optimizer == "sgd":
+            raise ValueError("carry needs the optimizer adamw or adafactor")
+        if self.carry == "both" and self.optimizer == "adafactor":
+            raise ValueError("carry of adafactor can be none or second")
         return self
 
 
@@ -98,7 +104,8 @@ class TailPatcher:
     Args:
         model: the model that serves; it is copied and not touched. No other thread may run it while it is copied. The
             copy takes the memory of its weights in float32, twice that during a step, and carried moments come on top.
-        moments: AdamW's moments by parameter name, for steps that carry them on (`optimizer_state.read_adam_moments`).
+        moments: an optimizer's moments by parameter name, for steps of that optimizer that carry them on
+            (`optimizer_state.read_adam_moments`, `read_adafactor_moments`).
         device: where the copy is to be; beside the model if None.
 
     Raises:
@@ -110,7 +117,7 @@ class TailPatcher:
         self,
         model: PreTrainedModel,
         *,
-        moments: Mapping[str, AdamMoments] | None = None,
+        moments: Mapping[str, AdamMoments] | Mapping[str, AdafactorMoments] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self._device = torch.device(model.device if device is None else device)
@@ -146,6 +153,13 @@ class TailPatcher:
             raise InvalidRequest("the query has no target token to watch; give a prompt and a target")
         if step.carry != "none" and self._moments is None:
             raise InvalidRequest("carry: there is no optimizer state to carry on from; use none", field="carry")
+        kind = AdamMoments if step.optimizer == "adamw" else AdafactorMoments
+        if step.carry != "none" and not all(isinstance(one, kind) for one in (self._moments or {}).values()):
+            raise InvalidRequest(
+                f"carry: the optimizer state is of another optimizer than {step.optimizer}; use none, or the optimizer "
+                "that the model was trained with",
+                field="carry",
+            )
         with self._lock:
             before = self._watch(query)
         effects: list[PatchEffect] = []
@@ -188,7 +202,7 @@ class TailPatcher:
     @torch.no_grad()
     def _take(self, step: PatchStep) -> None:
         """Move every parameter that received a gradient."""
-        if step.optimizer == "adafactor":
+        if step.optimizer == "adafactor" and step.carry == "none":
             torch.optim.Adafactor(
                 self._parameters.values(), lr=step.learning_rate, weight_decay=step.weight_decay
             ).step()
@@ -201,7 +215,7 @@ class TailPatcher:
                 parameter.sub_(parameter.grad, alpha=step.learning_rate)
             else:
                 carried = self._moments.get(name) if self._moments is not None and step.carry != "none" else None
-                parameter.sub_(_adam_direction(parameter.grad, step, carried), alpha=step.learning_rate)
+                parameter.sub_(_direction(parameter.grad, step, carried), alpha=step.learning_rate)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -210,8 +224,33 @@ class TailPatcher:
             parameter.grad = None
 
 
-def _adam_direction(gradient: Tensor, step: PatchStep, carried: AdamMoments | None) -> Tensor:
+def _direction(gradient: Tensor, step: PatchStep, carried: Moments | None) -> Tensor:
+    """What an optimizer subtracts, without the learning rate."""
+    if step.optimizer == "adafactor":
+        # A parameter that training left alone has no moments, and no gradient of a passage either.
+        return torch.zeros_like(gradient) if carried is None else _adafactor_direction(gradient, carried)
+    return _adam_direction(gradient, step, carried)
+
+
+def _adafactor_direction(gradient: Tensor, carried: Moments) -> Tensor:
+    """What transformers' Adafactor subtracts, without the learning rate."""
+    assert isinstance(carried, AdafactorMoments)
+    new = (carried.step + 1.0) ** carried.decay
+    squared = gradient.square().add_(carried.eps)
+    if carried.whole is None:
+        assert carried.row is not None
+        assert carried.col is not None
+        row = torch.lerp(carried.row.to(gradient), squared.mean(-1), new)
+        col = torch.lerp(carried.col.to(gradient), squared.mean(-2), new)
+        update = (row / row.mean(-1, keepdim=True)).rsqrt_()[..., None] * col.rsqrt_()[..., None, :] * gradient
+    else:
+        update = torch.lerp(carried.whole.to(gradient), squared, new).rsqrt_().mul_(gradient)
+    return update.div_((update.square().mean().sqrt() / carried.clip).clamp_min(1.0))
+
+
+def _adam_direction(gradient: Tensor, step: PatchStep, carried: Moments | None) -> Tensor:
     """What AdamW subtracts, without the learning rate; a parameter without carried moments starts afresh."""
+    assert not isinstance(carried, AdafactorMoments)
     (beta1, beta2), eps, count = step.betas, step.eps, 1.0
     first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
     if carried is not None:

@@ -118,7 +118,7 @@ class RayEngine:
         workers = self._workers
         if stage == "planning":
             return workers.readers
-        if stage in ("prepare", "encoding"):
+        if stage in ("prepare", "encoding", "retraining"):
             return workers.encoders
         if stage == "whitening":
             return workers.whitener

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers.optimization import Adafactor
 
 from tests import tiny
 from tests.unit.test_encode import encoder_of
@@ -21,7 +22,7 @@ from trackstar.encode import Example
 from trackstar.errors import Incompatible, InvalidRequest, NotReady
 from trackstar.loss import backward, cross_entropy
 from trackstar.model import LoadedModel
-from trackstar.optimizer_state import read_adam_moments
+from trackstar.optimizer_state import read_adafactor_moments, read_adam_moments
 from trackstar.tail_patch import PatchStep, TailPatcher
 
 ARCHITECTURES = ["gpt2", "llama_tied", "gemma2", "mixtral"]
@@ -305,6 +306,42 @@ def test_carried_moments_take_the_step_that_training_would_take(tmp_path: Path) 
         assert effect.loss_after == pytest.approx(after_steps_of(loaded, passage, going_on), rel=1e-9)
 
 
+def transformers_adafactor(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    options = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.1, "decay_rate": -0.7}
+    return Adafactor(parameters, lr=3e-3, clip_threshold=0.8, **options)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_carried_adafactor_takes_the_step_that_training_would_take(architecture: str, tmp_path: Path) -> None:
+    loaded = trained(tiny.save_model(tmp_path, architecture), transformers_adafactor)
+    state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+
+    def going_on(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = transformers_adafactor(parameters)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        return optimizer
+
+    moments = read_adafactor_moments(tmp_path, loaded.model)
+    assert moments.keys() == dict(loaded.model.named_parameters()).keys()
+    kept = {name: [copy.deepcopy(part) for part in (m.row, m.col, m.whole)] for name, m in moments.items()}
+    patcher = TailPatcher(loaded.model, moments=moments)
+    step = PatchStep(optimizer="adafactor", learning_rate=3e-3, weight_decay=0.1, carry="second")
+    for passage, effect in zip(PASSAGES, patcher.measure(QUERY, PASSAGES, step), strict=True):
+        assert effect.loss_after == pytest.approx(after_steps_of(loaded, passage, going_on), rel=1e-9)
+        assert effect.loss_change != 0.0
+    for name, parts in kept.items():
+        for part, now in zip(parts, (moments[name].row, moments[name].col, moments[name].whole), strict=True):
+            assert (part is None and now is None) or torch.equal(torch.as_tensor(part), torch.as_tensor(now))
+    with pytest.raises(InvalidRequest, match="of another optimizer than adamw"):
+        patcher.measure(QUERY, PASSAGES, PatchStep(optimizer="adamw", carry="second"))
+    with pytest.raises(InvalidRequest, match="not that of Adam or AdamW"):
+        read_adam_moments(tmp_path, loaded.model)
+    for make in (adamw, torch.optim.Adafactor):
+        trained(tmp_path, make)
+        with pytest.raises(InvalidRequest, match="not that of transformers' Adafactor"):
+            read_adafactor_moments(tmp_path, loaded.model)
+
+
 def test_moments_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
     model = tiny.load(tiny.save_model(tmp_path, "gpt2")).model
     with pytest.raises(InvalidRequest, match="no optimizer state") as caught:
@@ -332,7 +369,7 @@ def test_moments_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
         {"optimizer": "lion"},
         {"momentum": 0.9},
         {"carry": "both"},
-        {"optimizer": "adafactor", "carry": "second"},
+        {"optimizer": "adafactor", "carry": "both"},
     ],
 )
 def test_a_step_out_of_range_is_refused(settings: dict[str, Any]) -> None:
