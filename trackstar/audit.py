@@ -55,7 +55,8 @@ class AuditConfig(BaseModel):
     """What is audited and what must be reached.
 
     queries: sampled passages that serve as queries where none are given. k: passages per ranking. candidates: of each
-    coarse search, as many as are served with; no more than the store answers. min_recall: 0 to 1. codes: sampled
+    coarse search, as many as are served with; no more than the store answers. min_recall: 0 to 1; by default what finds
+    half passes, so that a small code may serve where that is wanted. codes: sampled
     passages whose code and norm are computed again. bit_share: share of bits that rounding may turn; tolerance:
     relative, of prefixes and norms. seed: of the samples.
     """
@@ -65,7 +66,7 @@ class AuditConfig(BaseModel):
     queries: int = Field(default=64, ge=1)
     k: int = Field(default=10, ge=1)
     candidates: int = Field(default=1000, ge=1)
-    min_recall: float = Field(default=0.9, ge=0.0, le=1.0)
+    min_recall: float = Field(default=0.5, ge=0.0, le=1.0)
     codes: int = Field(default=256, ge=1)
     bit_share: float = Field(default=1e-4, ge=0.0, lt=0.5)
     tolerance: float = Field(default=1e-4, ge=0.0, lt=1.0)

@@ -97,7 +97,7 @@ class Opened:
             self.generation,
             self.rows,
             self.generation.coarse if coarse is None else coarse,
-            AuditConfig(**changes),
+            AuditConfig(**{"min_recall": 0.9, **changes}),
             codes=self.codes,
             coarse_name="memory",
             **(query or {}),
