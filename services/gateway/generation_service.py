@@ -6,6 +6,7 @@ Contract: as `trace_service`. A caller learns of no generation that it may not a
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from services.gateway.generations import Generations
 from services.gateway.request import current
 from services.timing import within
 from trackstar.catalog import GenerationFacts
-from trackstar.errors import PermissionDenied
+from trackstar.errors import NotFound, PermissionDenied
 from trackstar.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,9 +44,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with within(call.seconds_left(), "reading the catalog"):
             names = [name for name in await self._generations.names() if name > behind and call.principal.may_ask(name)]
             page = names[: asked.page_size]
-            response = generation_pb2.ListResponse(
-                generations=[to_message(await self._generations.describe(name)) for name in page]
-            )
+            response = generation_pb2.ListResponse()
+            for name in page:
+                # One that is collected at this moment.
+                with suppress(NotFound):
+                    response.generations.append(to_message(await self._generations.describe(name)))
         if len(names) > len(page):
             response.next_page_token = pages.PageToken(generation=page[-1], digest=_LIST, offset=0).encode()
         return response

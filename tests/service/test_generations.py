@@ -401,3 +401,14 @@ def test_a_retired_generation_is_not_opened_and_one_that_is_held_goes_on(catalog
             await _until(lambda: gateway.indexes["beta"][0].closed)
 
     _run(work())
+
+
+def test_a_generation_that_is_being_collected_is_not_listed(catalog: Catalog) -> None:
+    async def work() -> None:
+        async with serving(catalog) as gateway:
+            retire(catalog, "beta")
+            (local(catalog.generations) / "beta" / "generation.json").unlink()
+            listed = await gateway.generation.List(generation_pb2.ListRequest())
+            assert [item.name for item in listed.generations] == ["alpha"]
+
+    _run(work())
