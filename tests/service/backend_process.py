@@ -108,8 +108,9 @@ class BackendProcess:
 
     def close(self) -> int:
         """End it; returns its exit code."""
-        self._process.communicate(timeout=60)
-        return self._process.returncode
+        if self._process.poll() is None:
+            self._process.communicate(timeout=60)
+        return self._process.wait()
 
 
 if __name__ == "__main__":

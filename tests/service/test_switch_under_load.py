@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,57 +54,58 @@ def test_serving_switches_rolls_back_and_forgets_without_a_failed_or_mixed_answe
     expected = Expected(tmp_path / "expected", index, [doc_id])
     server = ServeProcess(index, tmp_path)
     catalog, switches = Catalog(index), 0
-    with (
-        Load(server.address, named=(names.damped, names.grown)) as load,
-        Client(server.address, timeout_seconds=60) as client,
-    ):
+    with closing(server):
+        with (
+            Load(server.address, named=(names.damped, names.grown)) as load,
+            Client(server.address, timeout_seconds=60) as client,
+        ):
 
-        def activate(name: str) -> None:
-            nonlocal switches
-            client.activate(name)
-            switches += 1
+            def activate(name: str) -> None:
+                nonlocal switches
+                client.activate(name)
+                switches += 1
 
-        load.wait_for(names.plain)
-        for name in (names.damped, names.grown, names.purged, names.plain, names.purged, names.damped) * rounds:
-            activate(name)
-            load.wait_for(name)
-        # Back and forth without waiting: what is being opened is no longer wanted.
-        for name in (names.plain, names.grown, names.damped) * 2 * rounds:
-            activate(name)
-        began = time.monotonic()
-        switching.delete(index, doc_id)
-        deleted = time.monotonic()
-        for name in (names.grown, names.plain):
-            ended(command("activate", str(index), name))
-            switches += 1
-            load.wait_for(name)
-        # Another generation is built beside those that answer, and takes over.
-        config = tmp_path / "another.yaml"
-        config.write_text(yaml.safe_dump(switching.grown(tmp_path, mix={"damping": 0.4})))
-        building = command("index", "--config", str(config), "--out", str(index))
-        while building.poll() is None:
-            for name in (names.grown, names.plain):
+            load.wait_for(names.plain)
+            for name in (names.damped, names.grown, names.purged, names.plain, names.purged, names.damped) * rounds:
                 activate(name)
-                time.sleep(0.5)
-        ended(building)
-        (another,) = set(catalog.finished()) - set(names.all)
-        activate(another)
-        load.wait_for(another)
-        activate(names.purged)
-        load.wait_for(names.purged)
-        # What nobody is given any more goes, files and all.
-        load.named = (names.purged,)
-        load.wait_without(names.plain, names.damped, names.grown, another)
-        expected.adopt(index, another)
-        for name in (names.plain, names.damped):
-            retire(catalog, name)
-        assert collect(catalog)
-        assert sorted(catalog.finished()) == sorted([names.grown, names.purged, another])
-        for name in (another, names.purged):
-            activate(name)
-            load.wait_for(name)
-    load.check()
-    assert server.metrics()["trackstar_defects_total"] == 0
+                load.wait_for(name)
+            # Back and forth without waiting: what is being opened is no longer wanted.
+            for name in (names.plain, names.grown, names.damped) * 2 * rounds:
+                activate(name)
+            began = time.monotonic()
+            switching.delete(index, doc_id)
+            deleted = time.monotonic()
+            for name in (names.grown, names.plain):
+                ended(command("activate", str(index), name))
+                switches += 1
+                load.wait_for(name)
+            # Another generation is built beside those that answer, and takes over.
+            config = tmp_path / "another.yaml"
+            config.write_text(yaml.safe_dump(switching.grown(tmp_path, mix={"damping": 0.4})))
+            building = command("index", "--config", str(config), "--out", str(index))
+            while building.poll() is None:
+                for name in (names.grown, names.plain):
+                    activate(name)
+                    time.sleep(0.5)
+            ended(building)
+            (another,) = set(catalog.finished()) - set(names.all)
+            activate(another)
+            load.wait_for(another)
+            activate(names.purged)
+            load.wait_for(names.purged)
+            # What nobody is given any more goes, files and all.
+            load.named = (names.purged,)
+            load.wait_without(names.plain, names.damped, names.grown, another)
+            expected.adopt(index, another)
+            for name in (names.plain, names.damped):
+                retire(catalog, name)
+            assert collect(catalog)
+            assert sorted(catalog.finished()) == sorted([names.grown, names.purged, another])
+            for name in (another, names.purged):
+                activate(name)
+                load.wait_for(name)
+        load.check()
+        assert server.metrics()["trackstar_defects_total"] == 0
     assert server.close() == 0
     counted = expected.judge(load.answers, began, deleted)
     expected.close()
@@ -125,10 +127,9 @@ def test_a_gateway_over_milvus_follows_the_alias_without_a_failed_or_mixed_answe
     catalog, switches = Catalog(index), 0
     for name in names.all:
         fill_collection(config, catalog, name)
-    with connect(config) as link:
+    with connect(config) as link, closing(BackendProcess(index)) as backends:
         alias = AliasPointer(link, alias_of(config))
         alias.set(collection_of(config, names.plain))
-        backends = BackendProcess(index)
         gateway = ServeProcess(
             index,
             tmp_path,
@@ -139,41 +140,42 @@ def test_a_gateway_over_milvus_follows_the_alias_without_a_failed_or_mixed_answe
             MILVUS__TOKEN_FILE=str(secret),
             MILVUS__COLLECTION_PREFIX=config.collection_prefix,
         )
-        with (
-            Load(gateway.address, named=(names.damped, names.grown)) as load,
-            Client(gateway.address, timeout_seconds=60) as client,
-        ):
-            load.wait_for(names.plain)
-            for name in (names.damped, names.grown, names.purged, names.plain, names.damped):
-                client.activate(name)
-                assert alias.get() == collection_of(config, name)
-                assert catalog.pointer() == name
-                switches += 1
-                load.wait_for(name)
-            for name in (names.purged, names.grown, names.plain) * 2:
-                client.activate(name)
-                switches += 1
-            began = time.monotonic()
-            switching.delete(index, doc_id)
-            deleted = time.monotonic()
-            # A job of the deployment moves the alias; the gateway is told by nobody.
-            for name in (names.grown, names.plain, names.purged):
-                alias.set(collection_of(config, name))
-                catalog.activate(name)
-                switches += 1
-                load.wait_for(name)
-            load.named = (names.purged,)
-            load.wait_without(names.plain, names.damped, names.grown)
-            retire(catalog, names.damped)
-            assert collect(catalog)
-            gone = unused_collections(config, catalog, delete=True)
-            assert gone == [collection_of(config, names.damped)]
-            for name in (names.grown, names.purged):
-                client.activate(name)
-                switches += 1
-                load.wait_for(name)
-        load.check()
-        assert gateway.metrics()["trackstar_defects_total"] == 0
+        with closing(gateway):
+            with (
+                Load(gateway.address, named=(names.damped, names.grown)) as load,
+                Client(gateway.address, timeout_seconds=60) as client,
+            ):
+                load.wait_for(names.plain)
+                for name in (names.damped, names.grown, names.purged, names.plain, names.damped):
+                    client.activate(name)
+                    assert alias.get() == collection_of(config, name)
+                    assert catalog.pointer() == name
+                    switches += 1
+                    load.wait_for(name)
+                for name in (names.purged, names.grown, names.plain) * 2:
+                    client.activate(name)
+                    switches += 1
+                began = time.monotonic()
+                switching.delete(index, doc_id)
+                deleted = time.monotonic()
+                # A job of the deployment moves the alias; the gateway is told by nobody.
+                for name in (names.grown, names.plain, names.purged):
+                    alias.set(collection_of(config, name))
+                    catalog.activate(name)
+                    switches += 1
+                    load.wait_for(name)
+                load.named = (names.purged,)
+                load.wait_without(names.plain, names.damped, names.grown)
+                retire(catalog, names.damped)
+                assert collect(catalog)
+                gone = unused_collections(config, catalog, delete=True)
+                assert gone == [collection_of(config, names.damped)]
+                for name in (names.grown, names.purged):
+                    client.activate(name)
+                    switches += 1
+                    load.wait_for(name)
+            load.check()
+            assert gateway.metrics()["trackstar_defects_total"] == 0
         assert gateway.close() == 0
         assert backends.close() == 0
         alias.drop()
