@@ -455,6 +455,7 @@ def test_a_config_that_is_wrong(
         ("--window", "1", "window_tokens"),
         ("--rows", "few", "'--rows'"),
         ("--compute-dtype", "int8", "compute_dtype"),
+        ("--objective", "entropy", "objective"),
     ],
 )
 def test_an_option_out_of_range(
