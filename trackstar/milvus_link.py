@@ -48,7 +48,7 @@ _UNCODED = {1, 5, 65535}
 _STARTING_TEXT = re.compile(
     r"not (yet )?(ready|healthy|available|serviceable|initialized|fully loaded)|unavailable|initializing|recovering"
     r"|node (not match|offline|lack)|channel (not|lack)|no available|shard leaders|connection refused"
-    r"|deadline exceeded|context canceled",
+    r"|deadline exceeded|context canceled|context done",
     re.IGNORECASE,
 )
 

@@ -111,6 +111,7 @@ def ask(link: MilvusLink, *, patient: bool = False, timeout_seconds: float | Non
         status(1, "service not ready"),
         status(8, "rate limit exceeded"),
         status(503, "channel not available"),
+        status(1, "proxy TaskCondition context Done"),
         status(2000, "new in some version", retriable=True),
         status(65535, "node not match[expectedNodeID=2][actualNodeID=3]"),
         status(0, "rate", error_code=common_pb2.RateLimit),
