@@ -32,6 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.index_speed import FLOOR, TRAIN, Settings, make_contestant
+from benchmarks.resident import peak_bytes, resident_bytes
 from trackstar.build import build_index, make_config
 from trackstar.codes import CodeSpec, Rotation, encode_codes
 from trackstar.costs import Assumptions, Workload, costs
@@ -186,14 +187,14 @@ def milvus_figures(num: int, bits: int) -> list[Figure]:
                 seconds += time.perf_counter() - started
             index.flush(timeout_seconds=300)
             index.count(timeout_seconds=300)
-            peak = _resident(server.process_id, "VmHWM")
+            peak = peak_bytes(server.process_id)
             store = _size(path for path in (server.folder / "data" / "insert_log").rglob("*") if path.is_file())
         server.stop()
         server.start()
         with MilvusLink(server.access) as link:
             MilvusServerIndex.open(link, "codes", spec=spec, dim=dim, timeout_seconds=300)
             time.sleep(_SETTLE_SECONDS)
-            loaded = _resident(server.process_id, "VmRSS")
+            loaded = resident_bytes(server.process_id)
     name = f"{num:,} codes of {bits:,} bits"
     return [
         _figure(f"{name}: loaded", "bytes", plan["one generation, loaded"].value, loaded),
@@ -298,12 +299,6 @@ def _spent(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
             run()
             times[name].append(time.process_time() - started)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def _resident(process_id: int, field: str) -> int:
-    """Bytes of resident memory of a process: now (VmRSS) or at most so far (VmHWM). Linux only."""
-    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":
