@@ -107,6 +107,7 @@ def places(seen: list[JobInfo]) -> list[int]:
     return [PIPELINE_STATES.index(job.pipeline_state) for job in seen if job.pipeline_state in PIPELINE_STATES]
 
 
+@pytest.mark.slow
 def test_a_job_that_appends_answers_at_its_end(served: Served) -> None:
     asked: Any = {"append_paths": [str(served.given / "more.jsonl")], "damping": 0.3, "activate": True}
     before, num_before = served.active()
