@@ -432,7 +432,7 @@ def test_two_jobs_on_one_index(world: World) -> None:
 def test_an_audit_that_fails_keeps_the_old_generation(world: World) -> None:
     asked: dict[str, Any] = {
         "code": {"kind": "bits", "size": 8, "store": "memory"},
-        "audit": {"queries": 8, "codes": 8, "k": 2, "candidates": 2},
+        "audit": {"queries": 8, "codes": 8, "k": 2, "candidates": 2, "min_recall": 0.9},
     }
     world.refused(NotReady, r"generation '\w+' does not become active: coarse search and rerank find", **asked)
     world.finishes()

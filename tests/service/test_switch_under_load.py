@@ -115,6 +115,7 @@ def test_serving_switches_rolls_back_and_forgets_without_a_failed_or_mixed_answe
     assert switches > 20
 
 
+@pytest.mark.slow
 def test_a_gateway_over_milvus_follows_the_alias_without_a_failed_or_mixed_answer(
     tmp_path: Path, milvus: MilvusProcess
 ) -> None:
