@@ -50,7 +50,8 @@ def test_figures_of_the_papers_size() -> None:
     assert value["gradient rows"] == 365e6 * 131_072
     assert found["disk", "gradient rows"].formula == "365,000,000 passages x 65,536 numbers x 2 bytes (bf16)"
     assert value["coarse codes"] == 365e6 * 4_096
-    assert value["norms in each reranker"] == value["norms"] == 365e6 * 4
+    assert value["norms in each reranker"] == 365e6 * 4
+    assert value["norms"] == value["ids of the codes"] == 365e6 * 8
     assert value["whitener in memory"] == 2**30
     assert value["one partial sum of R"] == 2**31
     assert value["leaves of R, together"] == math.ceil(365e6 * 131_072 / 2**35) * 2**31

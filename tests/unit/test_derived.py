@@ -339,7 +339,11 @@ def test_nothing_is_collected_while_somebody_builds(root: Path) -> None:
 def test_the_audit_keeps_a_generation_from_answering(root: Path) -> None:
     first = build(root)
     with pytest.raises(NotReady, match="failed its audit: coarse search and rerank find"):
-        build(root, code={"kind": "bits", "size": 8, "store": "memory"}, audit={"candidates": 2, "k": 2, "min_recall": 0.9})
+        build(
+            root,
+            code={"kind": "bits", "size": 8, "store": "memory"},
+            audit={"candidates": 2, "k": 2, "min_recall": 0.9},
+        )
     catalog = Index(root / "index").catalog
     assert catalog.active() == first
     assert len(catalog.finished()) == 2
