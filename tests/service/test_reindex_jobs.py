@@ -124,7 +124,7 @@ def test_a_job_that_appends_answers_at_its_end(served: Served) -> None:
     assert len(totals) == 1
     # How much of so short a step is seen is a matter of when it was looked at.
     total = max(known or 0 for known in totals)
-    assert 0 < total
+    assert total > 0
     assert all(0 <= item.tokens_done <= total for item in encoding)
     assert last.recall is not None
     assert last.recall >= _MIN_RECALL
