@@ -36,12 +36,12 @@ def facts(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
 ) -> None:
     """Rank every sentence for every fact by every method, and measure which rankings find the gold sentences."""
-    from trackstar.evaluation.config import make_facts_config
+    from trackstar.evaluation.config import FactsConfig, make_config
     from trackstar.index_config import read_config
 
     content = read_config(config)
     content |= {name: value for name, value in (("queries", queries), ("seed", seed)) if value is not None}
-    settings = make_facts_config(content)
+    settings = make_config(FactsConfig, content)
     from trackstar.evaluation.run import evaluate_facts
 
     quieten()

@@ -11,7 +11,7 @@ import pytest
 
 from trackstar.corpus import CorpusConfig
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.evaluation.config import make_facts_config
+from trackstar.evaluation.config import FactsConfig, make_config
 from trackstar.evaluation.facts import FactSet, GoldSource, bucket_of
 from trackstar.evaluation.selection import Selection
 from trackstar.evaluation.sentences import Sentences
@@ -163,7 +163,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def test_selections_share_no_fact_and_follow_the_seed(tmp_path: Path) -> None:
     sentences = corpus(*[[] for _ in range(21)])
     facts = read(tmp_path, [fact(number) for number in range(1, 21)], sentences).facts
-    settings = make_facts_config(config(queries=8, held_out=5, task_queries=6))
+    settings = make_config(FactsConfig, config(queries=8, held_out=5, task_queries=6))
     drawn = Selection.draw(facts, settings)
     parts = [[item.fact_id for item in part.facts] for part in (drawn.evaluated, drawn.held_out, drawn.task)]
     assert [len(part) for part in parts] == [8, 5, 6]
@@ -172,10 +172,10 @@ def test_selections_share_no_fact_and_follow_the_seed(tmp_path: Path) -> None:
     assert [item.fact_id for item in again.evaluated.facts] == parts[0]
     other = Selection.draw(facts, settings.model_copy(update={"seed": 1}))
     assert [item.fact_id for item in other.evaluated.facts] != parts[0]
-    whole = Selection.draw(facts, make_facts_config(config(held_out=5)))
+    whole = Selection.draw(facts, make_config(FactsConfig, config(held_out=5)))
     assert len(whole.evaluated.facts) == 15
     with pytest.raises(InvalidRequest, match="there are 20 facts with gold sentences; 16 queries"):
-        Selection.draw(facts, make_facts_config(config(queries=16, held_out=5)))
+        Selection.draw(facts, make_config(FactsConfig, config(queries=16, held_out=5)))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_selections_share_no_fact_and_follow_the_seed(tmp_path: Path) -> None:
 )
 def test_bad_settings_are_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        make_facts_config(config(**changes))
+        make_config(FactsConfig, config(**changes))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -204,4 +204,4 @@ def test_bad_settings_are_refused_in_one_sentence(changes: dict[str, Any], sente
 def test_a_generation_and_a_mix_exclude_each_other() -> None:
     method = {"name": "x", "kind": "influence", "index": "i", "generation": "g", "mix": {"kind": "none"}}
     with pytest.raises(InvalidRequest, match="either a generation, or a mix"):
-        make_facts_config(config(methods=[method]))
+        make_config(FactsConfig, config(methods=[method]))

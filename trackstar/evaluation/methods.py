@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trackstar.errors import InvalidRequest
-from trackstar.evaluation.config import (
+from trackstar.evaluation.controls import Gold, Random
+from trackstar.evaluation.fusion import ReciprocalRank, Weighted, fit_weights
+from trackstar.evaluation.method import Method, OnStep, unheard
+from trackstar.evaluation.method_settings import (
     DenseSettings,
     FusionSettings,
     GoldSettings,
@@ -19,9 +22,6 @@ from trackstar.evaluation.config import (
     MethodSettings,
     RandomSettings,
 )
-from trackstar.evaluation.controls import Gold, Random
-from trackstar.evaluation.fusion import ReciprocalRank, Weighted, fit_weights
-from trackstar.evaluation.method import Method, OnStep, unheard
 from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentences import Sentences
 from trackstar.evaluation.store import Finished

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from trackstar.evaluation.config import FactsConfig, FusionSettings
+from trackstar.evaluation.config import FactsConfig
 from trackstar.evaluation.facts import FactSet
 from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.measures import measure_all
 from trackstar.evaluation.method import OnStep, unheard
+from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import is_right, known_correctness, model_files, predict_all
@@ -50,7 +51,15 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
     sentences = Sentences.read(config.corpus)
     facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts)
     selection = Selection.draw(facts.facts, config)
-    finished = run_methods(config, out, sentences, selection, on_step)
+    finished = run_methods(
+        config.methods,
+        sentences,
+        selection,
+        out / "retrievals",
+        k=config.k,
+        query_set=Path(config.facts).stem,
+        on_step=on_step,
+    )
     evaluated = selection.evaluated
     right = _correctness(config, out, evaluated, on_step)
     results = _results(config, sentences, facts, evaluated, finished, right)
@@ -61,34 +70,50 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
 
 
 def run_methods(
-    config: FactsConfig, out: Path, sentences: Sentences, selection: Selection, on_step: OnStep = unheard
+    methods: Sequence[MethodSettings],
+    sentences: Sentences,
+    selection: Selection,
+    folder: Path,
+    *,
+    k: int,
+    query_set: str,
+    on_step: OnStep = unheard,
 ) -> dict[str, Finished]:
     """What every method found, by name; taken from before where nothing it depends on has changed.
 
     All that methods depend on is looked at before the first is run, so that a wrong folder shows at once.
+
+    Args:
+        methods: in order.
+        sentences: the corpus.
+        selection: the queries.
+        folder: where retrievals are kept.
+        k: depth of the rankings.
+        query_set: the records' name of the queries.
+        on_step: progress.
     """
     asked = selection.asked
-    store = RetrievalStore(out / "retrievals", sentences, query_set=Path(config.facts).stem)
+    store = RetrievalStore(folder, sentences, query_set=query_set)
     common = {
         "format": FORMAT,
         "corpus": sentences.digest,
         "evaluated": digest_of_asked(selection.evaluated),
         "held_out": digest_of_asked(selection.held_out),
-        "k": config.k,
+        "k": k,
     }
     finished: dict[str, Finished] = {}
-    maker = MethodMaker(sentences, selection, config.k, on_step)
+    maker = MethodMaker(sentences, selection, k, on_step)
     try:
-        for settings in config.methods:
+        for settings in methods:
             if not isinstance(settings, FusionSettings):
                 maker.identity(settings, finished)
-        for settings in config.methods:
+        for settings in methods:
             identity = maker.identity(settings, finished)
             digest = digest_of({**common, "settings": settings.model_dump(mode="json"), "identity": identity})
             known = store.read(settings.name, digest)
             if known is None:
                 method, fitted = maker.make(settings, finished)
-                found = method.retrieve(asked.queries, config.k)
+                found = method.retrieve(asked.queries, k)
                 known = store.write(settings.name, digest, found, selection.evaluated, selection.held_out, fitted)
             finished[settings.name] = known
     finally:

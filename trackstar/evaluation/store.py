@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from trackstar.errors import CorruptArtifact, NotFound
-from trackstar.evaluation.config import folder_name
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.measures import hits_of
+from trackstar.evaluation.method_settings import folder_name
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.evaluation.sentences import Sentences
 from trackstar.records import retrieval_record
