@@ -86,10 +86,10 @@ class Corpus:
         """Sentences about the first bad records of the latest `documents` run, five at most."""
         return tuple(self._bad_examples)
 
-    def fingerprint(self) -> str:
-        """A hex digest of the fields taken and of every file's name, size, first and last MiB.
+    def fingerprint(self, *, whole: bool = False) -> str:
+        """A hex digest of the fields taken and of every file's name, size, first and last MiB, or all bytes if `whole`.
 
-        A change of equal length strictly inside a larger file is not seen. `skip_bad` is left out on purpose: the good
+        Unless `whole`, a change of equal length strictly inside a larger file is not seen. `skip_bad` is left out on purpose: the good
         documents keep their ordinals, so that a run stopped by a bad record can continue with it set. Raises
         InvalidRequest for a file that cannot be read any more.
         """
@@ -99,9 +99,10 @@ class Corpus:
                 with file.open() as stream:
                     size = stream.seek(0, 2)
                     digest.update(json.dumps([file.name, size]).encode())
-                    for offset in sorted({0, max(0, size - _FINGERPRINT_BYTES)}):
+                    step = _FINGERPRINT_BYTES
+                    for offset in range(0, size, step) if whole else sorted({0, max(0, size - step)}):
                         stream.seek(offset)
-                        digest.update(stream.read(_FINGERPRINT_BYTES))
+                        digest.update(stream.read(step))
             except OSError as error:
                 raise InvalidRequest(f"The corpus file {file.path} cannot be read: {error}.") from error
         return digest.hexdigest()

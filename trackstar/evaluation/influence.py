@@ -77,7 +77,12 @@ class InfluenceSource:
         self.index = Index(path)
         # The rows of the generation that answers; before there is one, all that are finished.
         self.rows = self.index.rows(self.index.catalog.pointer())
-        self.positions_N = positions_of(self.rows.column("doc_id"), sentences, path)
+        doc_ids = (
+            doc_id.as_py()
+            for receipt in self.rows.receipts
+            for doc_id in self.rows.shard_column(receipt.shard, "doc_id")
+        )
+        self.positions_N = positions_of(doc_ids, sentences, path)
         self.kept_N = self._kept()
         self._model = (model, device, trust_remote_code)
         self._encoded: dict[str, tuple[Tensor, float]] = {}
@@ -260,16 +265,17 @@ def positions_of(doc_ids: Iterable[str], sentences: Sentences, path: str) -> NDA
     Raises:
         Incompatible: the index holds another sentence, or lacks one.
     """
-    found = []
-    for doc_id in doc_ids:
+
+    def position_of(doc_id: str) -> int:
         position = sentences.positions.get(doc_id)
         if position is None:
             raise Incompatible(
                 f"the index {path!r} holds the document {doc_id!r}, which is not in the corpus; evaluate it on the "
                 "corpus that it was built from"
             )
-        found.append(position)
-    positions_N = np.array(found, dtype=np.int64)
+        return position
+
+    positions_N = np.fromiter(map(position_of, doc_ids), dtype=np.int64)
     held = np.bincount(positions_N, minlength=len(sentences)) > 0
     if not held.all():
         missing = int(np.flatnonzero(~held)[0])

@@ -5,22 +5,33 @@
 
 where tf is how often w occurs in s, |s| the number of its words, and a word of the query counts as often as it occurs.
 
-That is BM25 as Lucene has it; `bm25s` computes it with float32 scores made beforehand. Words are runs of letters and
-digits in lower case; nothing is stemmed. Sentences without any word in common score zero and come last, by position.
+That is BM25 as Lucene has it, in the arithmetic of the package `bm25s`, whose scores these equal bit for bit. Words are
+runs of letters and digits in lower case; nothing is stemmed. Sentences without any word in common score zero and come
+last, by position.
+
+No index is made. Only words that are asked for count, so two passes over the corpus suffice: the first finds df and
+mean |s|, the second scores part by part and keeps the best k of each query. Memory does not grow with the corpus.
+
+Legend: n sentences of a part, W words that are asked for.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trackstar.evaluation.method import OnStep, text_of, unheard
 from trackstar.evaluation.retrieval import Retrieval
+from trackstar.ranking import Ranking, best
 from trackstar.results import Query
 
 _WORD = re.compile(r"\w+")
-_STEP = 256
+_PART = 8192
 
 
 def words_in(text: str, stopwords: frozenset[str] = frozenset()) -> list[str]:
@@ -50,29 +61,64 @@ class Lexical:
         stopwords: frozenset[str] = frozenset(),
         on_step: OnStep = unheard,
     ) -> None:
-        import bm25s
-
         self.name = name
+        self._texts = texts
+        self._k1 = k1
+        self._b = b
         self._stopwords = stopwords
         self._on_step = on_step
-        # Ids are given here in order of first occurrence: the package's own vocabulary is a set, whose order is not
-        # the same in every process.
-        self._ids: dict[str, int] = {}
-        tokens = [[self._ids.setdefault(word, len(self._ids)) for word in words_in(text, stopwords)] for text in texts]
-        self._num_sentences = len(tokens)
-        self._scorer: Any = bm25s.BM25(method="lucene", k1=k1, b=b)
-        if self._ids:
-            self._scorer.index((tokens, self._ids), show_progress=False)
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Retrieval]:
         """See `method.Method`."""
-        import numpy as np
+        asked = [words_in(text_of(query), self._stopwords) for query in queries]
+        numbers = {word: number for number, word in enumerate(dict.fromkeys(word for words in asked for word in words))}
+        frequency_W = np.zeros(len(numbers), dtype=np.int64)
+        num_words = 0
+        for _, _, words, _, lengths_n in self._parts(numbers, done=0):
+            frequency_W += np.bincount(words, minlength=len(numbers))
+            num_words += int(lengths_n.sum())
+        count = len(self._texts)
+        mean = num_words / max(1, count)
+        idf_W = np.array([math.log(1 + (count - df + 0.5) / (df + 0.5)) for df in frequency_W.tolist()])
+        idf_W = idf_W.astype(np.float32)
+        rankings = [Ranking.empty() for _ in queries]
+        for start, rows, words, counts, lengths_n in self._parts(numbers, done=count):
+            tf = counts.astype(np.float64)
+            held_back = self._k1 * ((1 - self._b) + self._b * lengths_n[rows] / mean) if len(rows) else 0.0
+            weights = (idf_W[words] * (tf / (held_back + tf))).astype(np.float32)
+            order = np.argsort(words, kind="stable")
+            starts = np.searchsorted(words[order], np.arange(len(numbers) + 1))
+            rows, weights = rows[order], weights[order]
+            ids_n = np.arange(start, start + len(lengths_n), dtype=np.int64)
+            for place, wanted in enumerate(asked):
+                scores_n = np.zeros(len(lengths_n), dtype=np.float32)
+                for word in wanted:
+                    held = slice(starts[numbers[word]], starts[numbers[word] + 1])
+                    scores_n[rows[held]] += weights[held]
+                known = rankings[place]
+                # A later sentence loses ties.
+                if len(known.ids) < k or scores_n.max() > known.scores[-1]:
+                    rankings[place] = known.merge(best(ids_n, scores_n, sign=1.0, k=k), sign=1.0, k=k)
+        return [
+            Retrieval.of(query.query_id, ranking.ids, ranking.scores)
+            for query, ranking in zip(queries, rankings, strict=True)
+        ]
 
-        found = []
-        for number, query in enumerate(queries, start=1):
-            ids = [self._ids[word] for word in words_in(text_of(query), self._stopwords) if word in self._ids]
-            scores_N = self._scorer.get_scores(ids) if ids else np.zeros(self._num_sentences, dtype=np.float32)
-            found.append(Retrieval.best_of(query.query_id, scores_N, k))
-            if number % _STEP == 0 or number == len(queries):
-                self._on_step(self.name, number, len(queries))
-        return found
+    def _parts(
+        self, numbers: dict[str, int], *, done: int
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+        """Part by part: where it starts; row, word and how often, for every word asked for in a sentence; lengths [n].
+
+        `done` of 2 N are the sentences of the pass before.
+        """
+        for start in range(0, len(self._texts), _PART):
+            lengths: list[int] = []
+            found: list[tuple[int, int, int]] = []
+            for row, text in enumerate(self._texts[start : start + _PART]):
+                words = words_in(text, self._stopwords)
+                lengths.append(len(words))
+                occurring = Counter(numbers[word] for word in words if word in numbers)
+                found += [(row, word, times) for word, times in occurring.items()]
+            rows, words_, counts = np.array(found, dtype=np.int64).reshape(-1, 3).T
+            yield start, rows, words_, counts, np.array(lengths, dtype=np.int64)
+            self._on_step(self.name, done + start + len(lengths), 2 * len(self._texts))

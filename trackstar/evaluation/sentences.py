@@ -1,14 +1,15 @@
 """The corpus of an evaluation: its sentences in order, each known by its position.
 
 Contract: positions are those of the documents in the corpus, from 0, and every method answers with them; so ties can be
-broken by position whatever a method works on. Ids are unique. Texts are held in memory, as lexical retrieval needs
-them anyway. `digest` is of all ids, texts and annotations, wherever the files lie.
+broken by position whatever a method works on. Ids are unique. Methods read texts in order, part by part, so they may
+stand in memory (`Sentences.of`) or in files (`sentence_files`). `digest` is of all ids, texts and annotations, wherever
+the files lie.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trackstar.corpus import Corpus, CorpusConfig
@@ -25,7 +26,7 @@ class Sentences:
     texts: Sequence[str]
     triples: Sequence[str]
     digest: str
-    positions: dict[str, int] = field(repr=False)
+    positions: Mapping[str, int] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,7 +39,7 @@ class Sentences:
             InvalidRequest: two documents have the same id, or as `Corpus`.
             NotFound: a path does not exist.
         """
-        corpus = Corpus(config.model_copy(update={"metadata_fields": (*config.metadata_fields, TRIPLES)}))
+        corpus = annotated(config)
         ids: list[str] = []
         texts: list[str] = []
         triples: list[str] = []
@@ -60,13 +61,31 @@ class Sentences:
         positions: dict[str, int] = {}
         for position, (sentence_id, text, stated) in enumerate(zip(ids, texts, triples, strict=True)):
             if sentence_id in positions:
-                raise InvalidRequest(
-                    f"the corpus holds two sentences of the id {sentence_id!r} (numbers {positions[sentence_id] + 1:,} "
-                    f"and {position + 1:,}); ids must be unique"
-                )
+                raise twice(sentence_id, positions[sentence_id], position)
             positions[sentence_id] = position
             for part in (sentence_id, text, stated):
-                data = part.encode()
-                digest.update(len(data).to_bytes(8, "little"))
-                digest.update(data)
+                digest.update(counted(part))
         return cls(ids=ids, texts=texts, triples=triples, digest=digest.hexdigest(), positions=positions)
+
+
+def annotated(config: CorpusConfig) -> Corpus:
+    """A corpus whose documents carry their annotated facts.
+
+    Raises:
+        NotFound, InvalidRequest: as `Corpus`.
+    """
+    return Corpus(config.model_copy(update={"metadata_fields": (*config.metadata_fields, TRIPLES)}))
+
+
+def counted(text: str) -> bytes:
+    """A text as it enters a digest: its length in bytes, then the bytes."""
+    data = text.encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+def twice(sentence_id: str, first: int, second: int) -> InvalidRequest:
+    """The error about an id that two sentences have, at these positions."""
+    return InvalidRequest(
+        f"the corpus holds two sentences of the id {sentence_id!r} (numbers {first + 1:,} and {second + 1:,}); ids must "
+        "be unique"
+    )
