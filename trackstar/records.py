@@ -81,7 +81,8 @@ def retrieval_record(
     texts: Sequence[str],
     ids: Sequence[str],
     scores: Sequence[float],
-    correct: Sequence[bool],
+    correct: Sequence[bool] | None,
+    ais_scores: Sequence[float] | None = None,
     query_set: str,
     extras: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def retrieval_record(
         texts: of the passages found, best first.
         ids: the corpus's own.
         scores: by whatever scale the method has.
-        correct: whether each passage states the fact; the record's `proponent_correct`.
+        correct: whether each passage states the fact, where that is known; the record's `proponent_correct`.
+        ais_scores: how surely, from 0 to 1, where that is known; the record's `proponent_ais_scores`.
         query_set: as of `release_record`.
         extras: what goes under "trackstar".
     """
@@ -101,7 +103,8 @@ def retrieval_record(
         "proponents": list(texts),
         "proponent_ids": list(ids),
         "proponent_scores": list(scores),
-        "proponent_correct": list(correct),
+        **({} if correct is None else {"proponent_correct": list(correct)}),
+        **({} if ais_scores is None else {"proponent_ais_scores": list(ais_scores)}),
         "opponents": [],
         "opponent_ids": [],
         "opponent_scores": [],

@@ -10,7 +10,7 @@ where letter case, underscores and outer quotes do not count. With the source "a
 triples where it has none. How often the two sides agree is counted and reported either way.
 
 Contract: a fact without gold is left out and counted; a set in which no fact has gold is refused. Every fact_id occurs
-once, and every sentence that a fact names is in the corpus.
+once, and every sentence that a fact names is in the corpus. In an open set none of this is asked but single fact_ids.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ Triple = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fact:
-    """One fact. `gold`: positions of the sentences that state it, ascending. `bucket`: of its frequency."""
+    """One fact. `gold`: positions of the sentences that are known to state it, ascending. `bucket`: of its
+    frequency."""
 
     fact_id: str
     relation: str
@@ -52,6 +53,11 @@ class Fact:
         """Every text that counts as the right answer."""
         return (self.target, *self.aliases)
 
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Every name of what the fact is about."""
+        return (self.fields["entity0"], *_aliases(self.fields, "entity0"))
+
     def query(self, prompt: int = 0) -> Query:
         """The fact asked by one of its prompt templates.
 
@@ -66,9 +72,9 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FactSet:
-    """Facts with gold, in the file's order.
+    """Facts in the file's order.
 
-    without_gold: facts left out. agreeing, differing: facts that both sides annotate, and whether they name the same
+    without_gold: facts for which no sentence is known, left out unless the set is open. agreeing, differing: facts that both sides annotate, and whether they name the same
     sentences. digest: of the file.
     """
 
@@ -87,6 +93,7 @@ class FactSet:
         *,
         source: GoldSource = "auto",
         bucket_starts: Sequence[int] = BUCKET_STARTS,
+        open_set: bool = False,
     ) -> FactSet:
         """Read a facts file and find the gold sentences of each fact.
 
@@ -96,11 +103,13 @@ class FactSet:
             source: where gold comes from.
             bucket_starts: lowest frequency of every bucket but the first, ascending. A fact's own
                 `c4_frequency_bucket` counts instead.
+            open_set: the corpus need not be the one that the facts are of: a fact without gold is kept, and sentences
+                that are not in the corpus are passed over.
 
         Raises:
             NotFound: no such file.
             InvalidRequest: a bad line, a fact_id that occurs twice, a sentence that is not in the corpus, or no fact
-                with gold.
+                with gold; the last two unless `open_set`.
         """
         file = Path(path)
         if not file.is_file():
@@ -110,14 +119,16 @@ class FactSet:
             raise InvalidRequest(f"{str(path)!r} holds no facts")
         stated = _stated([record for _, record in records], sentences)
         facts: list[Fact] = []
-        agreeing = differing = 0
+        agreeing = differing = without_gold = 0
         for (place, record), by_triple in zip(records, stated, strict=True):
-            listed = _listed(place, record, sentences)
+            listed = _listed(place, record, sentences, open_set=open_set)
             if listed and by_triple:
                 agreeing += listed == by_triple
                 differing += listed != by_triple
             own_first = source == "trex_sentences" or (source == "auto" and listed)
-            if gold := listed if own_first else by_triple:
+            gold = listed if own_first else by_triple
+            without_gold += not gold
+            if gold or open_set:
                 facts.append(_fact(place, record, tuple(sorted(gold)), bucket_starts))
         if not facts:
             raise InvalidRequest(
@@ -127,7 +138,7 @@ class FactSet:
         return cls(
             facts=tuple(facts),
             source=source,
-            without_gold=len(records) - len(facts),
+            without_gold=without_gold,
             agreeing=agreeing,
             differing=differing,
             digest=hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -188,12 +199,14 @@ def _fact(place: str, record: dict[str, Any], gold: tuple[int, ...], bucket_star
     )
 
 
-def _listed(place: str, record: dict[str, Any], sentences: Sentences) -> set[int]:
+def _listed(place: str, record: dict[str, Any], sentences: Sentences, *, open_set: bool) -> set[int]:
     """Positions of the sentences that the fact itself names."""
     found = set()
     for sentence_id in _texts(place, record, "trex_sentences"):
         position = sentences.positions.get(sentence_id)
         if position is None:
+            if open_set:
+                continue
             raise InvalidRequest(
                 f"{place}: the fact {record['fact_id']!r} names the sentence {sentence_id!r}, which is not in the "
                 "corpus; give the corpus that the facts are of"

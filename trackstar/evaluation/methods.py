@@ -24,7 +24,7 @@ from trackstar.evaluation.method_settings import (
 )
 from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentences import Sentences
-from trackstar.evaluation.store import Finished
+from trackstar.evaluation.store import Asked, Finished
 from trackstar.storage import file_digest
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ class MethodMaker:
             case InfluenceSettings():
                 return self._influence(settings)
             case GoldSettings():
-                asked = self._selection.asked
-                gold = {fact.fact_id: fact.gold for fact in asked.facts}
-                return Gold(settings.name, gold), {}
+                return Gold(settings.name, _gold_of(self._selection.asked, settings.name)), {}
             case RandomSettings():
                 return Random(settings.name, len(texts), seed=settings.seed), {}
             case FusionSettings():
@@ -120,7 +118,7 @@ class MethodMaker:
         if settings.rule == "rank":
             return ReciprocalRank(settings.name, parts, constant=settings.constant), {}
         held_out = self._selection.held_out
-        gold = {fact.fact_id: fact.gold for fact in held_out.facts}
+        gold = _gold_of(held_out, settings.name)
         weights = fit_weights(parts, held_out.queries, gold, steps=settings.steps, k=self._k)
         return Weighted(settings.name, parts, weights), {"weights": dict(zip(settings.of, weights, strict=True))}
 
@@ -174,3 +172,10 @@ class MethodMaker:
             "deleted": read_deleted(index.root).digest,
             "task": digest_of_asked(self._selection.task) if settings.needs_task else None,
         }
+
+
+def _gold_of(asked: Asked, name: str) -> dict[str, tuple[int, ...]]:
+    """Gold sentences by query id, for the method of that name."""
+    if asked.gold is None:
+        raise InvalidRequest(f"the method {name!r} needs gold sentences, and none are known here; leave it out")
+    return {query.query_id: gold for query, gold in zip(asked.queries, asked.gold, strict=True)}

@@ -15,10 +15,12 @@ from trackstar.evaluation.config import PredictionSettings
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.results import Query
-from trackstar.storage import file_digest
+from trackstar.storage import digest_of, file_digest, publish_json, read_json
 
 _WORD = re.compile(r"\w+")
 _ARTICLES = ("a", "an", "the")
+# Changes when a model's answers change under the same settings, so that none is taken from before.
+_FORMAT = 1
 
 
 def is_right(answer: str, targets: Sequence[str]) -> bool:
@@ -35,6 +37,47 @@ def known_correctness(facts: Sequence[Fact]) -> dict[str, bool]:
         for fact in facts
         if isinstance(fact.fields.get("is_8b_correct"), bool)
     }
+
+
+def correctness(
+    settings: PredictionSettings | None,
+    out: Path,
+    facts: Sequence[Fact],
+    queries: Sequence[Query],
+    on_step: OnStep = unheard,
+) -> dict[str, bool]:
+    """By fact_id, whether the model's own answer is right; of those for which that is known.
+
+    Args:
+        settings: the model; the facts' own `is_8b_correct` if None.
+        out: where answers are kept.
+        facts: whose targets are right.
+        queries: of each fact.
+        on_step: progress.
+    """
+    if settings is None:
+        return known_correctness(facts)
+    answers = kept_answers(settings, out / "predictions.json", queries, on_step)
+    return {fact.fact_id: is_right(answers[fact.fact_id], fact.targets) for fact in facts}
+
+
+def kept_answers(
+    settings: PredictionSettings, path: Path, queries: Sequence[Query], on_step: OnStep = unheard
+) -> dict[str, str]:
+    """The model's answers by query id, from the file if they are there, else made and kept in it."""
+    identity = {
+        "format": _FORMAT,
+        "model": model_files(settings.model),
+        "queries": [[query.query_id, query.prompt] for query in queries],
+        "max_new_tokens": settings.max_new_tokens,
+    }
+    digest = digest_of(identity)
+    known = read_json(path) if path.is_file() else {}
+    if known.get("digest") != digest:
+        known = {"digest": digest, "answers": predict_all(settings, queries, on_step)}
+        publish_json(path, known)
+    answers: dict[str, str] = known["answers"]
+    return answers
 
 
 def model_files(folder: str) -> dict[str, str]:

@@ -7,6 +7,7 @@
     OUT/methods.png, .svg, ...   plots
     OUT/retrievals/              what every method found, as records of the release
     OUT/predictions.json         the model's own answers, if asked for
+    OUT/corpus/                  the corpus, as `sentence_files` keeps it
 
 Contract: the same settings on the same files give the same numbers, whether they are made at once or not: a method
 whose settings, corpus, queries and index are the same as before is not run again.
@@ -28,13 +29,14 @@ from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
 from trackstar.evaluation.plots import draw_all
-from trackstar.evaluation.predictions import is_right, known_correctness, model_files, predict_all
+from trackstar.evaluation.predictions import correctness, model_files
 from trackstar.evaluation.report import difference, groupings, markdown, summarise
 from trackstar.evaluation.retrieval import TIE_RULE
 from trackstar.evaluation.selection import Selection, digest_of_asked
+from trackstar.evaluation.sentence_files import stored_sentences
 from trackstar.evaluation.sentences import Sentences
 from trackstar.evaluation.store import Asked, Finished, RetrievalStore
-from trackstar.storage import digest_of, publish, publish_json, read_json
+from trackstar.storage import digest_of, publish, publish_json
 
 # Changes when a method's answers change under the same settings, so that none is taken from before.
 FORMAT = 1
@@ -48,7 +50,7 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
     """
     if config.predictions is not None:
         model_files(config.predictions.model)  # a folder that is not there shows at once
-    sentences = Sentences.read(config.corpus)
+    sentences = stored_sentences(config.corpus, out / "corpus")
     facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts)
     selection = Selection.draw(facts.facts, config)
     finished = run_methods(
@@ -61,7 +63,8 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
         on_step=on_step,
     )
     evaluated = selection.evaluated
-    right = _correctness(config, out, evaluated, on_step)
+    assert evaluated.facts is not None
+    right = correctness(config.predictions, out, evaluated.facts, evaluated.queries, on_step)
     results = _results(config, sentences, facts, evaluated, finished, right)
     publish_json(out / "results.json", results)
     publish(out / "results.md", markdown(results).encode())
@@ -121,25 +124,6 @@ def run_methods(
     return finished
 
 
-def _correctness(config: FactsConfig, out: Path, asked: Asked, on_step: OnStep) -> dict[str, bool]:
-    """By fact_id, whether the model's own answer is right; of those for which that is known."""
-    if config.predictions is None:
-        return known_correctness(asked.facts)
-    path = out / "predictions.json"
-    identity = {
-        "format": FORMAT,
-        "model": model_files(config.predictions.model),
-        "queries": [[query.query_id, query.prompt] for query in asked.queries],
-        "max_new_tokens": config.predictions.max_new_tokens,
-    }
-    digest = digest_of(identity)
-    known = read_json(path) if path.is_file() else {}
-    if known.get("digest") != digest:
-        known = {"digest": digest, "answers": predict_all(config.predictions, asked.queries, on_step)}
-        publish_json(path, known)
-    return {fact.fact_id: is_right(known["answers"][fact.fact_id], fact.targets) for fact in asked.facts}
-
-
 def _results(
     config: FactsConfig,
     sentences: Sentences,
@@ -149,8 +133,9 @@ def _results(
     right: dict[str, bool],
 ) -> dict[str, Any]:
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
+    assert evaluated.facts is not None
     groups = groupings(evaluated.facts, right)
-    gold: Sequence[tuple[int, ...]] = [fact.gold for fact in evaluated.facts]
+    gold = [fact.gold for fact in evaluated.facts]
     methods: list[dict[str, Any]] = []
     first: np.ndarray[Any, np.dtype[np.float64]] | None = None
     for settings in config.methods:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from trackstar.errors import InvalidRequest
-from trackstar.evaluation.config import FactsConfig
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.store import Asked
 from trackstar.storage import digest_of
+
+
+class DrawSettings(Protocol):
+    """How many facts are drawn for what, by which seed, and the prompt template; as of `config.FactsConfig`."""
+
+    @property
+    def queries(self) -> int | None: ...
+    @property
+    def held_out(self) -> int: ...
+    @property
+    def task_queries(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,8 +38,8 @@ class Selection:
     task: Asked
 
     @classmethod
-    def draw(cls, facts: Sequence[Fact], config: FactsConfig) -> Selection:
-        """Draw the three.
+    def draw(cls, facts: Sequence[Fact], config: DrawSettings, *, what: str = "facts with gold sentences") -> Selection:
+        """Draw the three. `what` names the facts in errors.
 
         Raises:
             InvalidRequest: there are too few facts, or one lacks the prompt template.
@@ -33,7 +48,7 @@ class Selection:
         wanted = max(1, len(facts) - others) if config.queries is None else config.queries
         if wanted + others > len(facts):
             raise InvalidRequest(
-                f"there are {len(facts):,} facts with gold sentences; {wanted:,} queries, {config.held_out:,} held out "
+                f"there are {len(facts):,} {what}; {wanted:,} queries, {config.held_out:,} held out "
                 f"and {config.task_queries:,} for the task mix are more"
             )
         order = np.random.default_rng(config.seed).permutation(len(facts))
@@ -51,17 +66,20 @@ class Selection:
     @property
     def asked(self) -> Asked:
         """What every method answers: the evaluated, then the held-out queries."""
+        evaluated, held_out = self.evaluated, self.held_out
+        known = evaluated.facts is not None and held_out.facts is not None
         return Asked(
-            queries=[*self.evaluated.queries, *self.held_out.queries],
-            facts=[*self.evaluated.facts, *self.held_out.facts],
+            queries=[*evaluated.queries, *held_out.queries],
+            facts=[*(evaluated.facts or ()), *(held_out.facts or ())] if known else None,
         )
 
 
 def digest_of_asked(asked: Asked) -> str:
     """Of all that methods can see of the queries, and their gold."""
+    gold = asked.gold or [None] * len(asked.queries)
     return digest_of(
         [
-            [query.query_id, query.prompt, query.target, fact.gold]
-            for query, fact in zip(asked.queries, asked.facts, strict=True)
+            [query.query_id, query.prompt, query.target, wanted]
+            for query, wanted in zip(asked.queries, gold, strict=True)
         ]
     )

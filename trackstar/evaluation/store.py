@@ -29,10 +29,15 @@ from trackstar.storage import file_digest, publish, publish_json, read_json
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
-    """Queries in order, each with the fact that it asks."""
+    """Queries in order, each with the fact that it asks; `facts` is None where no gold is known."""
 
     queries: Sequence[Query]
-    facts: Sequence[Fact]
+    facts: Sequence[Fact] | None = None
+
+    @property
+    def gold(self) -> list[tuple[int, ...]] | None:
+        """Positions of each query's gold sentences."""
+        return None if self.facts is None else [fact.gold for fact in self.facts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,15 +117,16 @@ class RetrievalStore:
 
     def _write(self, path: Path, name: str, asked: Asked, found: Sequence[Retrieval]) -> str:
         lines = []
-        for query, fact, item in zip(asked.queries, asked.facts, found, strict=True):
+        for number, (query, item) in enumerate(zip(asked.queries, found, strict=True)):
+            fact = None if asked.facts is None else asked.facts[number]
             record = retrieval_record(
                 query,
                 texts=[self._sentences.texts[position] for position in item.positions],
                 ids=[self._sentences.ids[position] for position in item.positions],
                 scores=item.scores.tolist(),
-                correct=hits_of(item, fact.gold).tolist(),
+                correct=None if fact is None else hits_of(item, fact.gold).tolist(),
                 query_set=self._query_set,
-                extras={"method": name, "c4_frequency_bucket": fact.bucket},
+                extras={"method": name} | ({} if fact is None else {"c4_frequency_bucket": fact.bucket}),
             )
             lines.append(json.dumps(record, ensure_ascii=False))
         return publish(path, ("\n".join(lines) + "\n").encode())
