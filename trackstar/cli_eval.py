@@ -7,8 +7,9 @@ there is used again by the same command.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,9 +18,16 @@ from rich.table import Table
 from trackstar.cli_index import print_json, quieten
 from trackstar.progress import StepProgress
 
+if TYPE_CHECKING:
+    from trackstar.evaluation.method import OnStep
+
 evaluation = typer.Typer(help="Compare methods on the same queries.", no_args_is_help=True)
 
-_UNITS = {"encoding": "queries", "predicting": "queries"}
+_UNITS = {"encoding": "queries", "predicting": "queries", "judging": "pairs"}
+
+_Config = Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")]
+_Out = Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")]
+_Json = Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")]
 
 
 @evaluation.callback()
@@ -29,11 +37,11 @@ def _root() -> None:
 
 @evaluation.command()
 def facts(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
-    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")],
+    config: _Config,
+    out: _Out,
     queries: Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Rank every sentence for every fact by every method, and measure which rankings find the gold sentences."""
     from trackstar.evaluation.config import FactsConfig, make_config
@@ -58,6 +66,72 @@ def facts(
     else:
         _show(Console(), results)
     console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+
+
+@evaluation.command("open")
+def open_set(
+    config: _Config,
+    out: _Out,
+    queries: Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Rank a corpus without annotated facts by every method, and judge the first proponents by entailment."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.open_config import OpenConfig
+    from trackstar.index_config import read_config
+
+    content = read_config(config)
+    content |= {name: value for name, value in (("queries", queries), ("seed", seed)) if value is not None}
+    settings = make_config(OpenConfig, content)
+    from trackstar.evaluation.open_set import evaluate_open
+
+    results = _run(lambda on_step: evaluate_open(settings, out, on_step=on_step))
+    _answer(results, out, _show, as_json=as_json)
+
+
+@evaluation.command()
+def categories(config: _Config, out: _Out, as_json: _Json = False) -> None:
+    """Part the first proponents of retrieval files: entails the fact, names both entities, one, or neither."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.open_config import CategoriesConfig
+    from trackstar.index_config import read_config
+
+    settings = make_config(CategoriesConfig, read_config(config))
+    from trackstar.evaluation.categories_run import evaluate_categories
+
+    results = _run(lambda on_step: evaluate_categories(settings, out, on_step=on_step))
+    _answer(results, out, _show_categories, as_json=as_json)
+
+
+def _run(evaluate: Callable[[OnStep], dict[str, Any]]) -> dict[str, Any]:
+    """Evaluate and show progress."""
+    quieten()
+    with contextlib.ExitStack() as held:
+        progress = held.enter_context(StepProgress(Console(stderr=True)))
+        return evaluate(lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")))
+
+
+def _answer(
+    results: dict[str, Any], out: Path, show: Callable[[Console, dict[str, Any]], None], *, as_json: bool
+) -> None:
+    if as_json:
+        print_json(results)
+    else:
+        show(Console(), results)
+    Console(stderr=True).print(f"results, tables and plots are in {out}", highlight=False)
+
+
+def _show_categories(console: Console, results: dict[str, Any]) -> None:
+    from trackstar.evaluation.categories import CATEGORIES
+
+    table = Table(title=None, show_edge=False)
+    table.add_column("method")
+    for name in CATEGORIES:
+        table.add_column(name, justify="right")
+    for item in results["methods"]:
+        table.add_row(item["name"], *(_text(item["categories"][name]) for name in CATEGORIES))
+    console.print(table)
 
 
 def _show(console: Console, results: dict[str, Any]) -> None:

@@ -89,9 +89,9 @@ class Corpus:
     def fingerprint(self, *, whole: bool = False) -> str:
         """A hex digest of the fields taken and of every file's name, size, first and last MiB, or all bytes if `whole`.
 
-        Unless `whole`, a change of equal length strictly inside a larger file is not seen. `skip_bad` is left out on purpose: the good
-        documents keep their ordinals, so that a run stopped by a bad record can continue with it set. Raises
-        InvalidRequest for a file that cannot be read any more.
+        Unless `whole`, a change of equal length strictly inside a larger file is not seen. `skip_bad` is left out on
+        purpose: the good documents keep their ordinals, so that a run stopped by a bad record can continue with it set.
+        Raises InvalidRequest for a file that cannot be read any more.
         """
         digest = hashlib.sha256(self.config.model_dump_json(exclude={"paths", "skip_bad"}).encode())
         for file in self._files:

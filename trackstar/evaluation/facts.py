@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trackstar.errors import InvalidRequest, NotFound
+from trackstar.evaluation.json_lines import json_lines
 from trackstar.evaluation.sentences import Sentences
 from trackstar.results import Query
 
@@ -74,8 +75,8 @@ class Fact:
 class FactSet:
     """Facts in the file's order.
 
-    without_gold: facts for which no sentence is known, left out unless the set is open. agreeing, differing: facts that both sides annotate, and whether they name the same
-    sentences. digest: of the file.
+    without_gold: facts for which no sentence is known, left out unless the set is open. agreeing, differing: facts that
+    both sides annotate, and whether they name the same sentences. digest: of the file.
     """
 
     facts: tuple[Fact, ...]
@@ -158,31 +159,24 @@ def bucket_of(frequency: int, starts: Sequence[int] = BUCKET_STARTS) -> str:
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of every line."""
-    seen: dict[str, int] = {}
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise InvalidRequest(f"{place}: not valid JSON") from error
-            if not isinstance(record, dict):
-                raise InvalidRequest(f"{place}: a fact must be a JSON object, not {type(record).__name__}")
-            for name in ("fact_id", "relation", "entity0", "entity1"):
-                if not isinstance(record.get(name), str):
-                    raise InvalidRequest(f"{place}: the field {name!r} is missing or not a text")
-            if not record["entity1"].strip():
-                raise InvalidRequest(f"{place}: the target (field 'entity1') is empty")
-            if (first := seen.setdefault(record["fact_id"], number)) != number:
-                raise InvalidRequest(
-                    f"{place}: the fact_id {record['fact_id']!r} stands on line {first} already; ids must be unique"
-                )
-            yield place, record
+    seen: dict[str, str] = {}
+    for place, record in json_lines(file, "a fact"):
+        for name in ("fact_id", "relation", "entity0", "entity1"):
+            if not isinstance(record.get(name), str):
+                raise InvalidRequest(f"{place}: the field {name!r} is missing or not a text")
+        if not record["entity1"].strip():
+            raise InvalidRequest(f"{place}: the target (field 'entity1') is empty")
+        if (first := seen.setdefault(record["fact_id"], place)) != place:
+            raise InvalidRequest(
+                f"{place}: the fact_id {record['fact_id']!r} stands on line {first.rpartition(':')[2]} already; ids "
+                "must be unique"
+            )
+        yield place, record
 
 
 def _fact(place: str, record: dict[str, Any], gold: tuple[int, ...], bucket_starts: Sequence[int]) -> Fact:
+    # Where neither a frequency nor a sentence is known, as in an open set.
+    unknown = "c4_frequency" not in record and not gold
     frequency = record.get("c4_frequency", len(gold))
     if not isinstance(frequency, int):
         raise InvalidRequest(f"{place}: the field 'c4_frequency' is not a whole number")
@@ -193,7 +187,7 @@ def _fact(place: str, record: dict[str, Any], gold: tuple[int, ...], bucket_star
         target=record["entity1"],
         aliases=_texts(place, record, "entity1_alias"),
         frequency=frequency,
-        bucket=bucket_of(frequency, bucket_starts) if given is None else str(given),
+        bucket=str(given) if given is not None else "unknown" if unknown else bucket_of(frequency, bucket_starts),
         gold=gold,
         fields=record,
     )

@@ -5,13 +5,16 @@ Contract: the same results give the same bytes; drawn without a display. Measure
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.measures import title_of
 from trackstar.storage import publish
 
@@ -20,21 +23,32 @@ if TYPE_CHECKING:
 
 _MEASURES = ("mrr", "recall_at_10", "precision_at_1")
 _INK, _LINE, _FAINT = "#1b2a3a", "#2c6fa6", "#d7dde3"
+# Of the categories.
+_SHADES = ("#17466e", "#4d8fc4", "#b5d3ea", "#e6eaee")
 
 
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
     """Write all plots that the results give; returns the files' names."""
+    names = []
+    with styled():
+        names += save(draw_methods(results), folder / "methods")
+        names += save(draw_groups(results, "bucket", "MRR by frequency of the fact"), folder / "buckets")
+        if results["methods"][0]["by"].get("prediction"):
+            names += save(draw_groups(results, "prediction", "MRR by the model's own answer"), folder / "predictions")
+        if "categories" in results["methods"][0]:
+            names += save(draw_categories(results), folder / "categories")
+    return names
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """The look of all plots, within which they are drawn and saved."""
     import matplotlib
 
     # Ids in SVG files are random without a salt.
     settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
-    names = []
     with matplotlib.rc_context(settings):
-        names += _save(draw_methods(results), folder / "methods")
-        names += _save(draw_groups(results, "bucket", "MRR by frequency of the fact"), folder / "buckets")
-        if results["methods"][0]["by"].get("prediction"):
-            names += _save(draw_groups(results, "prediction", "MRR by the model's own answer"), folder / "predictions")
-    return names
+        yield
 
 
 def draw_methods(results: Mapping[str, Any]) -> Figure:
@@ -71,25 +85,66 @@ def draw_methods(results: Mapping[str, Any]) -> Figure:
 
 def draw_groups(results: Mapping[str, Any], group: str, title: str) -> Figure:
     """MRR of every method (rows) in every group (columns), as shaded cells with their values."""
-    from matplotlib.figure import Figure
-
     methods: Sequence[Mapping[str, Any]] = results["methods"]
     counts = {part["label"]: part["queries"] for part in methods[0]["by"][group]}
     values = np.array([[part["mrr"]["mean"] for part in item["by"][group]] for item in methods])
-    figure = Figure(figsize=(1.0 * len(counts) + 3.2, 0.34 * len(methods) + 1.5), layout="constrained")
+    columns = [f"{label}\n({count:,})" for label, count in counts.items()]
+    return draw_cells(values, [item["name"] for item in methods], columns, title, "queries in parentheses")
+
+
+def draw_cells(
+    values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str, caption: str
+) -> Figure:
+    """Shaded cells with their values, 0 to 1; cells without a value stay empty."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.0 * len(columns) + 3.2, 0.34 * len(rows) + 1.5), layout="constrained")
     panel = figure.subplots()
     panel.imshow(values, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
+        if np.isnan(value):
+            continue
         colour = "white" if value > 0.75 else _INK
         panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
-    panel.set_xticks(range(len(counts)), [f"{label}\n({count:,})" for label, count in counts.items()])
-    panel.set_yticks(range(len(methods)), [item["name"] for item in methods])
+    panel.set_xticks(range(len(columns)), columns)
+    panel.set_yticks(range(len(rows)), rows)
     panel.tick_params(length=0)
     for spine in panel.spines.values():
         spine.set_visible(False)
     panel.set_title(title, fontsize=11)
-    figure.supxlabel("queries in parentheses", fontsize=8)
+    figure.supxlabel(caption, fontsize=8)
+    return figure
+
+
+def draw_categories(results: Mapping[str, Any]) -> Figure:
+    """The parts of every method's first proponents, stacked: the paper's Figure 3."""
+    from matplotlib.figure import Figure
+
+    methods: Sequence[Mapping[str, Any]] = results["methods"]
+    figure = Figure(figsize=(7.5, 0.34 * len(methods) + 1.7), layout="constrained")
+    panel = figure.subplots()
+    places = np.arange(len(methods))
+    left = np.zeros(len(methods))
+    for name, colour in zip(CATEGORIES, _SHADES, strict=True):
+        shares = np.array([item["categories"][name]["mean"] for item in methods])
+        panel.barh(places, shares, left=left, height=0.72, color=colour, label=name)
+        for place, (share, start) in enumerate(zip(shares.tolist(), left.tolist(), strict=True)):
+            if share >= 0.06:
+                ink = "white" if colour in _SHADES[:2] else _INK
+                panel.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
+        left += shares
+    panel.set_yticks(places, [item["name"] for item in methods])
+    panel.set_ylim(len(methods) - 0.5, -0.5)
+    panel.set_xlim(0, 1)
+    panel.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    about = results["about"]
+    figure.supxlabel(
+        f"share of the first {about['category_depth']} proponents; entailment by {about['judge']}", fontsize=8
+    )
     return figure
 
 
@@ -101,7 +156,8 @@ def _caption(results: Mapping[str, Any]) -> str:
     )
 
 
-def _save(figure: Figure, stem: Path) -> list[str]:
+def save(figure: Figure, stem: Path) -> list[str]:
+    """Write a figure as PNG and SVG; returns the files' names."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         data = io.BytesIO()
         figure.savefig(data, format=suffix[1:], dpi=150, metadata=metadata)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trackstar.evaluation.categories import category_table
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.measures import measure_names, title_of
+from trackstar.evaluation.tables import mean, table, with_interval
 
 _TABLE_MEASURES = ("mrr", "recall_at_10", "precision_at_1", "precision_at_10", "map")
 # Relations of fewer queries are in results.json alone.
@@ -62,26 +64,34 @@ def summarise(
     values_QM: NDArray[np.float64], groups: Sequence[Grouping], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Means and intervals of one method's measures [Q, M], overall and by group."""
+    return summarise_columns(values_QM, measure_names(depths), groups, bootstrap)
+
+
+def summarise_columns(
+    values_QM: NDArray[np.float64], names: Sequence[str], groups: Sequence[Grouping], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Means and intervals of columns [Q, M] that have these names, overall and by group."""
     by_group: dict[str, Any] = {}
     for group in groups:
         labels = np.array(group.labels)
         by_group[group.name] = [
-            {"label": label, **_numbers(values_QM[labels == label], bootstrap, depths)} for label in group.order
+            {"label": label, **means_of(values_QM[labels == label], names, bootstrap)} for label in group.order
         ]
-    return {"overall": _numbers(values_QM, bootstrap, depths), "by": by_group}
+    return {"overall": means_of(values_QM, names, bootstrap), "by": by_group}
 
 
 def difference(
     values_QM: NDArray[np.float64], others_QM: NDArray[np.float64], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Paired differences of two methods on the same queries, with intervals."""
-    return _numbers(values_QM - others_QM, bootstrap, depths)
+    return means_of(values_QM - others_QM, measure_names(depths), bootstrap)
 
 
-def _numbers(values_QM: NDArray[np.float64], bootstrap: Bootstrap, depths: Sequence[int]) -> dict[str, Any]:
+def means_of(values_QM: NDArray[np.float64], names: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean and interval of every column by its name, and the number of queries."""
     means_M, ends = values_QM.mean(axis=0), bootstrap.interval(values_QM)
     found: dict[str, Any] = {"queries": len(values_QM)}
-    for number, name in enumerate(measure_names(depths)):
+    for number, name in enumerate(names):
         low, high = ends[:, number]
         found[name] = {"mean": float(means_M[number]), "low": float(low), "high": float(high)}
     return found
@@ -98,8 +108,19 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"sentences; rankings end at {about['k']:,}. Gold by {about['gold_source']}; {_agreement(about)}.",
         f"In brackets: {about['level']:.0%} bootstrap intervals over queries. Ties: {about['ties']}.",
         "",
-        *_table(["method", *(title_of(name) for name in measures)], _overall_rows(methods, measures)),
+        *table(["method", *(title_of(name) for name in measures)], overall_rows(methods, measures)),
     ]
+    lines += group_tables(methods)
+    if "categories" in methods[0]:
+        lines += ["", *category_table(methods)]
+    if fitted := [(item["name"], item["fitted"]) for item in methods if item["fitted"]]:
+        lines += ["", "## Fitted", *(f"- {name}: {_fitted(values)}" for name, values in fitted)]
+    return "\n".join(lines) + "\n"
+
+
+def group_tables(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """MRR by frequency, own answer and relation, of what is known."""
+    lines: list[str] = []
     for group, title in (("bucket", "frequency"), ("prediction", "the model's own answer"), ("relation", "relation")):
         found = methods[0]["by"].get(group, [])
         if group == "relation":
@@ -108,11 +129,9 @@ def markdown(results: Mapping[str, Any]) -> str:
             continue
         head = ["method", *(f"{part['label']} ({part['queries']:,})" for part in found)]
         # Groups stand in the same order for every method.
-        rows = [[item["name"], *(_mean(part["mrr"]) for part in item["by"][group][: len(found)])] for item in methods]
-        lines += ["", f"## MRR by {title}", "Numbers of queries stand in parentheses.", "", *_table(head, rows)]
-    if fitted := [(item["name"], item["fitted"]) for item in methods if item["fitted"]]:
-        lines += ["", "## Fitted", *(f"- {name}: {_fitted(values)}" for name, values in fitted)]
-    return "\n".join(lines) + "\n"
+        rows = [[item["name"], *(mean(part["mrr"]) for part in item["by"][group][: len(found)])] for item in methods]
+        lines += ["", f"## MRR by {title}", "Numbers of queries stand in parentheses.", "", *table(head, rows)]
+    return lines
 
 
 def _agreement(about: Mapping[str, Any]) -> str:
@@ -126,26 +145,9 @@ def _agreement(about: Mapping[str, Any]) -> str:
     return told + (f"; {about['without_gold']:,} facts without gold left out" if about["without_gold"] else "")
 
 
-def _overall_rows(methods: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> list[list[str]]:
-    return [[item["name"], *(_with_interval(item["overall"][name]) for name in measures)] for item in methods]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    return [lines[0], f"| {' | '.join(['---'] * len(head))} |", *lines[1:]]
-
-
-def _mean(numbers: Mapping[str, float]) -> str:
-    return _short(numbers["mean"])
-
-
-def _with_interval(numbers: Mapping[str, float]) -> str:
-    return f"{_short(numbers['mean'])} [{_short(numbers['low'])}, {_short(numbers['high'])}]"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
+def overall_rows(methods: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> list[list[str]]:
+    """One row for every method: its name, and the measures with intervals."""
+    return [[item["name"], *(with_interval(item["overall"][name]) for name in measures)] for item in methods]
 
 
 def _fitted(found: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.evaluation.categories import CATEGORIES, DEPTH, shares_of
 from trackstar.evaluation.config import FactsConfig
 from trackstar.evaluation.facts import FactSet
 from trackstar.evaluation.intervals import Bootstrap
@@ -30,7 +31,7 @@ from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import correctness, model_files
-from trackstar.evaluation.report import difference, groupings, markdown, summarise
+from trackstar.evaluation.report import difference, groupings, markdown, means_of, summarise
 from trackstar.evaluation.retrieval import TIE_RULE
 from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentence_files import stored_sentences
@@ -142,6 +143,11 @@ def _results(
         known = finished[settings.name]
         values_QM = measure_all(known.evaluated, gold, config.depths)
         first = values_QM if first is None else first
+        # By annotation: gold sentences are those that state the fact.
+        listed = [
+            [(sentences.texts[place], place in fact.gold) for place in item.positions[:DEPTH].tolist()]
+            for item, fact in zip(known.evaluated, evaluated.facts, strict=True)
+        ]
         methods.append(
             {
                 "name": settings.name,
@@ -150,6 +156,7 @@ def _results(
                 "fitted": dict(known.fitted),
                 **summarise(values_QM, groups, bootstrap, config.depths),
                 "against_first": difference(values_QM, first, bootstrap, config.depths),
+                "categories": means_of(shares_of(evaluated.facts, listed), CATEGORIES, bootstrap),
             }
         )
     return {
@@ -166,6 +173,8 @@ def _results(
             "corpus_digest": sentences.digest,
             "facts_digest": facts.digest,
             "k": config.k,
+            "category_depth": min(DEPTH, config.k),
+            "judge": "annotation",
             "level": bootstrap.level,
             "ties": TIE_RULE,
             "predicted_right": sum(right.values()) if right else None,

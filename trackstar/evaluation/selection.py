@@ -76,7 +76,7 @@ class Selection:
 
 def digest_of_asked(asked: Asked) -> str:
     """Of all that methods can see of the queries, and their gold."""
-    gold = asked.gold or [None] * len(asked.queries)
+    gold: Sequence[tuple[int, ...] | None] = asked.gold or [None] * len(asked.queries)
     return digest_of(
         [
             [query.query_id, query.prompt, query.target, wanted]

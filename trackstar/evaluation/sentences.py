@@ -86,6 +86,6 @@ def counted(text: str) -> bytes:
 def twice(sentence_id: str, first: int, second: int) -> InvalidRequest:
     """The error about an id that two sentences have, at these positions."""
     return InvalidRequest(
-        f"the corpus holds two sentences of the id {sentence_id!r} (numbers {first + 1:,} and {second + 1:,}); ids must "
-        "be unique"
+        f"the corpus holds two sentences of the id {sentence_id!r} (numbers {first + 1:,} and {second + 1:,}); ids "
+        "must be unique"
     )
