@@ -87,6 +87,34 @@ def tail_patch(
     console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
 
 
+@evaluation.command()
+def fusion(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and the list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Look for one list that states facts as a lexical method does and moves the model as influence does."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.fusion_settings import FusionConfig
+    from trackstar.index_config import read_config
+
+    settings = make_config(FusionConfig, read_config(config))
+    from trackstar.evaluation.fusion_report import verdict
+    from trackstar.evaluation.fusion_run import evaluate_fusion
+
+    quieten()
+    console = Console(stderr=True)
+    with StepProgress(console) as progress:
+        results = evaluate_fusion(
+            settings, out, on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS[step])
+        )
+    if as_json:
+        print_json(results)
+    else:
+        Console().print(verdict(results), highlight=False)
+    console.print(f"results, tables, plots and the list are in {out}", highlight=False)
+
+
 def _show_patches(console: Console, section: dict[str, Any]) -> None:
     deepest = section["depths"][-1]
     table = Table(title=f"tail-patch@{deepest}, percentage points", show_edge=False)

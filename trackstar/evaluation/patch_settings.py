@@ -6,7 +6,7 @@ Contract: as `config`. Alone (`trackstar eval tail-patch`), or as the block `tai
     depths: [1, 3, 5, 10]
     queries: 200
     steps:
-      - {name: SGD, optimizer: sgd, learning_rate: 0.1}
+      - {name: SGD, optimizer: sgd, learning_rate: 0.01}
       - {name: as training, optimizer: adamw, learning_rate: 1e-4, carry: both}
 """
 
@@ -36,7 +36,7 @@ class NamedStep(PatchStep):
 class LearningRates(Settings):
     """Of the steps that are taken if none is named: `sgd` of plain descent, `adamw` of AdamW and Adafactor."""
 
-    sgd: float = Field(default=0.1, gt=0, le=10, allow_inf_nan=False)
+    sgd: float = Field(default=0.01, gt=0, le=10, allow_inf_nan=False)
     adamw: float = Field(default=1e-4, gt=0, le=10, allow_inf_nan=False)
 
 

@@ -44,7 +44,7 @@ def read_released(path: str | Path) -> dict[str, Query]:
     return found
 
 
-def aligned(field: str, query: Query, path: str | Path, kind: type) -> list[Any]:
+def aligned(field: str, query: Query, path: str | Path, kind: type | tuple[type, ...]) -> list[Any]:
     """A field of a record that has one entry for each proponent.
 
     Raises:
