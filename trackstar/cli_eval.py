@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 evaluation = typer.Typer(help="Compare methods on the same queries.", no_args_is_help=True)
 
-_UNITS = {"encoding": "queries", "predicting": "queries", "judging": "pairs"}
+_UNITS = {"encoding": "queries", "predicting": "queries", "judging": "pairs", "tail-patching": "passages"}
 
 _Config = Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")]
@@ -66,6 +66,76 @@ def facts(
     else:
         _show(Console(), results)
     console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+
+
+@evaluation.command(name="tail-patch")
+def tail_patch(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Measure how much the passages of lists from files move the model, one training step on each."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.patch_settings import TailPatchConfig
+    from trackstar.index_config import read_config
+
+    settings = make_config(TailPatchConfig, read_config(config))
+    from trackstar.evaluation.tail_patch_run import evaluate_tail_patch
+
+    quieten()
+    console = Console(stderr=True)
+    with StepProgress(console) as progress:
+        results = evaluate_tail_patch(
+            settings, out, on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS[step])
+        )
+    if as_json:
+        print_json(results)
+    else:
+        _show_patches(Console(), results["tail_patch"])
+    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+
+
+@evaluation.command()
+def fusion(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and the list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Look for one list that states facts as a lexical method does and moves the model as influence does."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.fusion_settings import FusionConfig
+    from trackstar.index_config import read_config
+
+    settings = make_config(FusionConfig, read_config(config))
+    from trackstar.evaluation.fusion_report import verdict
+    from trackstar.evaluation.fusion_run import evaluate_fusion
+
+    quieten()
+    console = Console(stderr=True)
+    with StepProgress(console) as progress:
+        results = evaluate_fusion(
+            settings, out, on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS[step])
+        )
+    if as_json:
+        print_json(results)
+    else:
+        Console().print(verdict(results), highlight=False)
+    console.print(f"results, tables, plots and the list are in {out}", highlight=False)
+
+
+def _show_patches(console: Console, section: dict[str, Any]) -> None:
+    deepest = section["depths"][-1]
+    table = Table(title=f"tail-patch@{deepest}, percentage points", show_edge=False)
+    table.add_column("method")
+    for step in section["steps"]:
+        table.add_column(step["name"], justify="right")
+    for item in section["methods"]:
+        found = [part["overall"][f"probability_at_{deepest}"] for part in item["steps"]]
+        table.add_row(
+            item["name"],
+            *(f"{100 * one['mean']:+.3f} ({100 * one['low']:+.3f} to {100 * one['high']:+.3f})" for one in found),
+        )
+    console.print(table)
 
 
 @evaluation.command("open")

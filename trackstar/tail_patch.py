@@ -10,8 +10,12 @@ with corrected rows, so it is no neutral judge between rows with and without a c
 Contract: the model that serves is never touched. A `TailPatcher` holds a copy without its hooks, takes the step there,
 measures, and puts the copy's parameters back bit for bit, also when something fails in between. The copy is float32 at
 least: a weight in bfloat16 swallows every step below 1/256 of it, and effects measured there came out with the wrong
-sign. Evaluation mode throughout, so effects are deterministic. A passage costs one forward and backward pass and one
-forward pass.
+sign. Evaluation mode throughout, so effects are deterministic. A passage costs one forward and backward pass, whatever
+the number of steps that are tried on it, and each step one forward pass of all queries that are watched.
+
+Queries are watched together, padded on the right, which a causal model does not see. A query's padded length depends
+on its own length only, and no pass has fewer tokens than where kernels change their summation order, so on the CPU
+kernels of `encode` a loss has the same bits whichever queries are watched beside it.
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from trackstar.encode import Example
+from trackstar.encode import Example, padded_length, plan_batches
 from trackstar.errors import InvalidRequest, NotReady, UnsupportedModel
+from trackstar.loss import MIN_KERNEL_ROWS
 from trackstar.optimizer_state import AdafactorMoments, AdamMoments
 
 Moments = AdamMoments | AdafactorMoments
+# Padded lengths of queries are multiples of the first; a pass over them has so many padded tokens at most.
+_LENGTH_STEP, _MAX_BATCH_TOKENS = 16, 1024
 
 
 class PatchStep(BaseModel):
@@ -127,6 +134,9 @@ class TailPatcher:
         if self._parameters.keys() != self._originals.keys():
             raise _busy()
         self._moments = moments
+        self._window: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._largest = max((parameter.numel() for parameter in self._parameters.values()), default=0)
+        self._spares: dict[tuple[int, torch.dtype], Tensor] = {}
         self._lock = Lock()
 
     def measure(
@@ -149,55 +159,97 @@ class TailPatcher:
             InvalidRequest: the query has no target, the step needs moments that are not there, or it made the loss
                 something that is no number.
         """
-        if not query.num_targets:
-            raise InvalidRequest("the query has no target token to watch; give a prompt and a target")
-        if step.carry != "none" and self._moments is None:
-            raise InvalidRequest("carry: there is no optimizer state to carry on from; use none", field="carry")
-        kind = AdamMoments if step.optimizer == "adamw" else AdafactorMoments
-        if step.carry != "none" and not all(isinstance(one, kind) for one in (self._moments or {}).values()):
-            raise InvalidRequest(
-                f"carry: the optimizer state is of another optimizer than {step.optimizer}; use none, or the optimizer "
-                "that the model was trained with",
-                field="carry",
-            )
-        with self._lock:
-            before = self._watch(query)
+        (before,) = self.losses([query])
+        self._check(step)
         effects: list[PatchEffect] = []
         for passage in passages:
             if effects and should_stop():
                 break
-            with self._lock:
-                after = self._after(query, passage, step) if passage.num_targets else before
-            if math.isnan(after):
+            after = before
+            if passage.num_targets:
+                ((after,),) = self.losses_after(passage, [(step, [query])])
+            effects.append(PatchEffect(loss_before=before, loss_after=after))
+        return effects
+
+    def losses(self, queries: Sequence[Example]) -> list[float]:
+        """Summed loss of every query's target before any step.
+
+        Raises:
+            InvalidRequest: a query has no target.
+        """
+        if not all(query.num_targets for query in queries):
+            raise InvalidRequest("the query has no target token to watch; give a prompt and a target")
+        with self._lock:
+            return self._watch(queries)
+
+    def losses_after(
+        self, passage: Example, watched: Sequence[tuple[PatchStep, Sequence[Example]]]
+    ) -> list[list[float]]:
+        """Summed losses of queries after each of several steps on one passage, each from the same checkpoint.
+
+        Args:
+            passage: it has a token to predict; its gradient is taken once.
+            watched: steps, each with the queries whose loss is wanted after it, which have targets.
+
+        Raises:
+            InvalidRequest: as `measure`.
+        """
+        for step, _ in watched:
+            self._check(step)
+        found: list[list[float]] = []
+        with self._lock:
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    (self._loss(passage) / passage.num_targets).backward()
+                for number, (step, queries) in enumerate(watched):
+                    if number:
+                        self._put_back()
+                    self._take(step)
+                    found.append(self._watch(queries))
+            finally:
+                self._restore()
+        for (step, _), losses in zip(watched, found, strict=True):
+            if any(math.isnan(loss) for loss in losses):
                 raise InvalidRequest(
                     f"a step of {step.optimizer} at learning_rate {step.learning_rate:g} made the loss no number; "
                     "give a smaller learning_rate",
                     field="learning_rate",
                 )
-            effects.append(PatchEffect(loss_before=before, loss_after=after))
-        return effects
+        return found
 
-    def _after(self, query: Example, passage: Example, step: PatchStep) -> float:
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                (self._loss(passage) / passage.num_targets).backward()
-            self._take(step)
-            return self._watch(query)
-        finally:
-            self._restore()
+    def _check(self, step: PatchStep) -> None:
+        """Whether the moments that a step carries on are there."""
+        if step.carry == "none":
+            return
+        if self._moments is None:
+            raise InvalidRequest("carry: there is no optimizer state to carry on from; use none", field="carry")
+        kind = AdamMoments if step.optimizer == "adamw" else AdafactorMoments
+        if not all(isinstance(one, kind) for one in self._moments.values()):
+            raise InvalidRequest(
+                f"carry: the optimizer state is of another optimizer than {step.optimizer}; use none, or the optimizer "
+                "that the model was trained with",
+                field="carry",
+            )
 
     @torch.no_grad()
-    def _watch(self, query: Example) -> float:
-        return float(self._loss(query))
+    def _watch(self, queries: Sequence[Example]) -> list[float]:
+        losses = [0.0] * len(queries)
+        lengths = [len(query.tokens) for query in queries]
+        for batch in plan_batches(lengths, _MAX_BATCH_TOKENS, step=_LENGTH_STEP, limit=self._window):
+            length = padded_length(max(lengths[index] for index in batch), step=_LENGTH_STEP, limit=self._window)
+            tokens_BT = np.zeros((max(len(batch), -(-MIN_KERNEL_ROWS // length)), length), dtype=np.int64)
+            for row, index in enumerate(batch):
+                tokens_BT[row, : lengths[index]] = queries[index].tokens
+            tokens = torch.from_numpy(tokens_BT).to(self._device)
+            logits_BTV = self._model(input_ids=tokens, use_cache=False).logits
+            for row, index in enumerate(batch):
+                losses[index] = float(_summed(logits_BTV[row], tokens[row], queries[index]))
+        return losses
 
     def _loss(self, example: Example) -> Tensor:
         """Summed loss of the example's target tokens."""
         tokens_T = torch.from_numpy(example.tokens.astype(np.int64)).to(self._device)
-        logits_TV = self._model(input_ids=tokens_T[None], use_cache=False).logits[0]
-        if logits_TV.dtype != torch.float64:
-            logits_TV = logits_TV.float()
-        first = max(1, example.first_target)
-        return nn.functional.cross_entropy(logits_TV[first - 1 : -1], tokens_T[first:], reduction="sum")
+        return _summed(self._model(input_ids=tokens_T[None], use_cache=False).logits[0], tokens_T, example)
 
     @torch.no_grad()
     def _take(self, step: PatchStep) -> None:
@@ -213,23 +265,59 @@ class TailPatcher:
             parameter.mul_(1.0 - step.learning_rate * step.weight_decay)
             if step.optimizer == "sgd":
                 parameter.sub_(parameter.grad, alpha=step.learning_rate)
-            else:
-                carried = self._moments.get(name) if self._moments is not None and step.carry != "none" else None
-                parameter.sub_(_direction(parameter.grad, step, carried), alpha=step.learning_rate)
+                continue
+            carried = self._moments.get(name) if self._moments is not None and step.carry != "none" else None
+            if step.optimizer == "adamw":
+                self._take_adam(parameter, parameter.grad, step, carried)
+            elif carried is not None:
+                # A parameter that training left alone has no moments, and no gradient of a passage either.
+                parameter.sub_(_adafactor_direction(parameter.grad, carried), alpha=step.learning_rate)
+
+    def _take_adam(self, parameter: Tensor, gradient: Tensor, step: PatchStep, carried: Moments | None) -> None:
+        """AdamW's step; a parameter without carried moments starts afresh."""
+        assert not isinstance(carried, AdafactorMoments)
+        # Fresh memory for every product takes longer than the products.
+        scale = self._spare(0, parameter)
+        if carried is None:
+            # Corrected for their start, the moments of a first step are the gradient and its square.
+            torch.abs(gradient, out=scale).add_(step.eps)
+            parameter.addcdiv_(gradient, scale, value=-step.learning_rate)
+            return
+        beta1, beta2 = carried.betas
+        start1, start2 = (1.0 - beta ** (carried.step + 1.0) for beta in carried.betas)
+        scale.copy_(carried.second).mul_(beta2 / start2)
+        scale.addcmul_(gradient, gradient, value=(1.0 - beta2) / start2).sqrt_().add_(carried.eps)
+        if step.carry == "both":
+            first = self._spare(1, parameter).copy_(carried.first).lerp_(gradient, 1.0 - beta1)
+            parameter.addcdiv_(first, scale, value=-step.learning_rate / start1)
+        else:
+            parameter.addcdiv_(gradient, scale, value=-step.learning_rate * (1.0 - beta1) / start1)
+
+    def _spare(self, number: int, like: Tensor) -> Tensor:
+        """Memory to work in, of a tensor's shape."""
+        key = (number, like.dtype)
+        if key not in self._spares:
+            self._spares[key] = torch.empty(self._largest, dtype=like.dtype, device=like.device)
+        return self._spares[key][: like.numel()].view(like.shape)
 
     @torch.no_grad()
-    def _restore(self) -> None:
+    def _put_back(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._originals[name])
+
+    def _restore(self) -> None:
+        self._put_back()
+        for parameter in self._parameters.values():
             parameter.grad = None
 
 
-def _direction(gradient: Tensor, step: PatchStep, carried: Moments | None) -> Tensor:
-    """What an optimizer subtracts, without the learning rate."""
-    if step.optimizer == "adafactor":
-        # A parameter that training left alone has no moments, and no gradient of a passage either.
-        return torch.zeros_like(gradient) if carried is None else _adafactor_direction(gradient, carried)
-    return _adam_direction(gradient, step, carried)
+def _summed(logits_TV: Tensor, tokens_T: Tensor, example: Example) -> Tensor:
+    """Summed loss of an example's target tokens; what follows its own tokens is padding."""
+    first, last = max(1, example.first_target), len(example.tokens)
+    logits_nV = logits_TV[first - 1 : last - 1]
+    if logits_nV.dtype != torch.float64:
+        logits_nV = logits_nV.float()
+    return nn.functional.cross_entropy(logits_nV, tokens_T[first:last], reduction="sum")
 
 
 def _adafactor_direction(gradient: Tensor, carried: Moments) -> Tensor:
@@ -246,22 +334,6 @@ def _adafactor_direction(gradient: Tensor, carried: Moments) -> Tensor:
     else:
         update = torch.lerp(carried.whole.to(gradient), squared, new).rsqrt_().mul_(gradient)
     return update.div_((update.square().mean().sqrt() / carried.clip).clamp_min(1.0))
-
-
-def _adam_direction(gradient: Tensor, step: PatchStep, carried: Moments | None) -> Tensor:
-    """What AdamW subtracts, without the learning rate; a parameter without carried moments starts afresh."""
-    assert not isinstance(carried, AdafactorMoments)
-    (beta1, beta2), eps, count = step.betas, step.eps, 1.0
-    first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    if carried is not None:
-        (beta1, beta2), eps, count = carried.betas, carried.eps, carried.step + 1.0
-        second.copy_(carried.second)
-        if step.carry == "both":
-            first.copy_(carried.first)
-    first.lerp_(gradient, 1.0 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-    first.div_(1.0 - beta1**count)
-    return first.div_(second.div_(1.0 - beta2**count).sqrt_().add_(eps))
 
 
 def _copied(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -45,7 +45,8 @@ def pair(text: str, passage_id: str = "p", of: Fact | None = None) -> Pair:
 
 
 def scores(judge: Judge, *pairs: Pair) -> list[float]:
-    return judge.scores(pairs, lambda _done, _total: None).tolist()
+    found: list[float] = judge.scores(pairs, lambda _done, _total: None).tolist()
+    return found
 
 
 @pytest.mark.parametrize(

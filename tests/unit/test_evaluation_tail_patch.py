@@ -100,22 +100,25 @@ def test_a_carried_state_is_trainings_own(tmp_path: Path) -> None:
 
 
 class Counting:
-    """Counts the pairs that are measured, and may die in the middle."""
+    """Counts the passages and pairs that are measured, and may die in the middle."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int | None = None) -> None:
         self.pairs: list[bytes] = []
         self.calls = 0
-        original = TailPatcher.measure
+        original = TailPatcher.losses_after
 
-        def measure(patcher: TailPatcher, query: Example, passages: Any, step: PatchStep) -> Any:
+        def losses_after(patcher: TailPatcher, passage: Example, watched: Any) -> Any:
             self.calls += 1
             if self.calls == dies_at:
                 raise KeyboardInterrupt
-            keys = [repr((query.tokens.tolist(), one.tokens.tolist(), step)).encode() for one in passages]
-            self.pairs += keys
-            return original(patcher, query, passages, step)
+            self.pairs += [
+                repr((query.tokens.tolist(), passage.tokens.tolist(), step)).encode()
+                for step, queries in watched
+                for query in queries
+            ]
+            return original(patcher, passage, watched)
 
-        monkeypatch.setattr(TailPatcher, "measure", measure)
+        monkeypatch.setattr(TailPatcher, "losses_after", losses_after)
 
 
 def values(found: list[Judgement]) -> list[Any]:
@@ -129,6 +132,8 @@ def test_a_pair_is_measured_once_whoever_lists_it(
     first = judge_of(loaded, tmp_path / "effects.jsonl")
     # 10 of the long list and, of the short one, what is not among them: d13 of the third query is.
     assert len(counting.pairs) == len(set(counting.pairs)) == 2 * (10 + 10 + 11)
+    # One gradient for each of the 13 passages that are listed at all.
+    assert counting.calls == 13
     again = judge_of(loaded, tmp_path / "effects.jsonl")
     assert len(counting.pairs) == 2 * (10 + 10 + 11)
     assert values(again) == values(first)

@@ -53,13 +53,14 @@ def test_a_gradient_step_equals_the_one_by_hand(architecture: str, tmp_path: Pat
         by_hand = tiny.load(folder, torch.float64)
         by_hand.model.set_experts_implementation("eager")
         by_hand.model.requires_grad_(True)
-        assert effect.loss_before == pytest.approx(float(loss(by_hand, QUERY).detach()), rel=1e-9)
+        # RMS norms are taken in float32, where a padded pass rounds otherwise.
+        assert effect.loss_before == pytest.approx(float(loss(by_hand, QUERY).detach()), rel=1e-7)
         (loss(by_hand, passage) / (len(passage.tokens) - 1)).backward()
         with torch.no_grad():
             for parameter in by_hand.model.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(0.01 * parameter.grad)
-        assert effect.loss_after == pytest.approx(float(loss(by_hand, QUERY).detach()), rel=1e-9)
+        assert effect.loss_after == pytest.approx(float(loss(by_hand, QUERY).detach()), rel=1e-7)
         assert effect.probability_change == pytest.approx(np.exp(-effect.loss_after) - np.exp(-effect.loss_before))
 
 
@@ -227,6 +228,19 @@ def test_threads_take_turns(tmp_path: Path) -> None:
     expected = [patcher.measure(QUERY, PASSAGES, step) for step in steps]
     with ThreadPoolExecutor(max_workers=4) as threads:
         assert list(threads.map(lambda step: patcher.measure(QUERY, PASSAGES, step), steps)) == expected
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "gemma2"])
+def test_a_loss_has_the_same_bits_whoever_is_watched_beside_it(architecture: str, tmp_path: Path) -> None:
+    """Steps share the passage's gradient, and queries a pass; neither shows in what is measured, in float32."""
+    patcher = TailPatcher(tiny.load(tiny.save_model(tmp_path, architecture)).model)
+    queries = [example(200 + length, length, first_target=length - 2) for length in (4, 9, 16, 17, 23, 40, 64)]
+    steps = [PatchStep(learning_rate=0.1), PatchStep(optimizer="adamw"), PatchStep(optimizer="adafactor")]
+    together = patcher.losses_after(PASSAGES[0], [(step, queries) for step in steps])
+    assert patcher.losses(queries) == [patcher.losses([query])[0] for query in queries]
+    for step, losses in zip(steps, together, strict=True):
+        assert losses == [patcher.measure(query, PASSAGES[:1], step)[0].loss_after for query in queries]
+    assert together[0] != together[1]
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------

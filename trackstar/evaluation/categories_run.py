@@ -25,8 +25,8 @@ from trackstar.evaluation.json_lines import json_lines, texts_field
 from trackstar.evaluation.judging import Judging, Listed, agreement_sentence, category_shares
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.open_config import CategoriesConfig
-from trackstar.evaluation.plots import draw_categories, save, styled
-from trackstar.evaluation.report import means_of
+from trackstar.evaluation.plots import draw_categories, drawing, save
+from trackstar.evaluation.report import numbers
 from trackstar.evaluation.sentence_files import stored_sentences
 from trackstar.evaluation.sentences import Sentences
 from trackstar.results import Query
@@ -70,7 +70,7 @@ def evaluate_categories(config: CategoriesConfig, out: Path, *, on_step: OnStep 
                 "name": name,
                 "records": len(listed),
                 "file": file_digest(Path(config.retrievals[name])),
-                "categories": means_of(shares, CATEGORIES, bootstrap),
+                "categories": numbers(shares, bootstrap, CATEGORIES),
             }
         )
     results = {
@@ -87,7 +87,7 @@ def evaluate_categories(config: CategoriesConfig, out: Path, *, on_step: OnStep 
     }
     publish_json(out / "results.json", results)
     publish(out / "results.md", markdown(results).encode())
-    with styled():
+    with drawing():
         save(draw_categories(results), out / "categories")
     return results
 

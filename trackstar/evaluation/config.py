@@ -22,6 +22,7 @@ from trackstar.errors import InvalidRequest
 from trackstar.evaluation.facts import BUCKET_STARTS, GoldSource
 from trackstar.evaluation.measures import DEPTHS
 from trackstar.evaluation.method_settings import MethodSettings, Settings, check_methods, some_methods
+from trackstar.evaluation.patch_settings import TailPatchSettings
 from trackstar.index_config import refusal
 
 _Config = TypeVar("_Config", bound=Settings)
@@ -45,7 +46,7 @@ class FactsConfig(Settings):
     fusions are fitted on. task_queries: facts that only task mixes are made of. No fact is in two of these.
     k: depth of the rankings. depths: the k of Recall@k and the like. bucket_starts: lowest frequencies of the buckets.
     resamples: of the bootstrap. predictions: the model whose answers are right or wrong; the facts' own `is_8b_correct`
-    if None.
+    if None. tail_patch: judge every method's lists by tail-patch too.
     """
 
     facts: str
@@ -61,6 +62,7 @@ class FactsConfig(Settings):
     bucket_starts: tuple[int, ...] = Field(default=BUCKET_STARTS, min_length=1)
     resamples: int = Field(default=2000, ge=100, le=100_000)
     predictions: PredictionSettings | None = None
+    tail_patch: TailPatchSettings | None = None
     methods: tuple[MethodSettings, ...]
 
     _some = field_validator("methods", mode="before")(some_methods)
@@ -73,6 +75,8 @@ class FactsConfig(Settings):
             raise ValueError("depths must ascend")
         if self.bucket_starts[0] < 1 or list(self.bucket_starts) != sorted(set(self.bucket_starts)):
             raise ValueError("bucket_starts must ascend from 1 or more")
+        if self.tail_patch is not None and self.tail_patch.depths[-1] > self.k:
+            raise ValueError(f"the depths of tail_patch must be at most k, which is {self.k}")
         check_methods(self.methods, held_out=self.held_out, task_queries=self.task_queries)
         return self
 

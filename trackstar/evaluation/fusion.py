@@ -11,7 +11,7 @@ grid holds every method alone, the fusion is at least as good as its best part o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class ReciprocalRank:
     def _fuse(self, query_id: str, k: int) -> Retrieval:
         found = [part[query_id] for part in self._parts]
         shares = [1.0 / (self._constant + np.arange(1, len(item.positions) + 1)) for item in found]
-        return _joined(query_id, found, shares, k)
+        return joined(query_id, found, shares, k)
 
 
 class Weighted:
@@ -61,7 +61,7 @@ class Weighted:
         weighted = [(weight, part[query_id]) for weight, part in zip(self.weights, self._parts, strict=True) if weight]
         found = [item for _, item in weighted]
         shares = [weight * normalised(item.scores) for weight, item in weighted]
-        return _joined(query_id, found, shares, k)
+        return joined(query_id, found, shares, k)
 
 
 def fit_weights(
@@ -100,6 +100,29 @@ def normalised(scores_K: NDArray[np.float64]) -> NDArray[np.float64]:
     return (scores_K - low) / (high - low) if high > low else np.ones_like(scores_K)
 
 
+def by_deviation(scores_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many standard deviations of one list a score lies above the list's lowest; 1 throughout if all are equal."""
+    if not len(scores_K) or scores_K.max() == scores_K.min():
+        return np.ones_like(scores_K)
+    deviations: NDArray[np.float64] = (scores_K - scores_K.min()) / scores_K.std()
+    return deviations
+
+
+def softmax(scores_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares of one list that sum to 1, each proportional to the exponential of its score in standard deviations."""
+    powers = np.exp(by_deviation(scores_K) - by_deviation(scores_K).max(initial=0.0))
+    shares: NDArray[np.float64] = powers / powers.sum()
+    return shares
+
+
+# How scores of two lists are made comparable; a passage that a list lacks has none of its share.
+SCALES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "range": normalised,
+    "deviation": by_deviation,
+    "softmax": softmax,
+}
+
+
 def _grid(num: int, steps: int) -> Iterator[tuple[float, ...]]:
     """All weights that are multiples of 1 / steps and sum to 1, those with more for earlier methods first."""
 
@@ -114,7 +137,8 @@ def _grid(num: int, steps: int) -> Iterator[tuple[float, ...]]:
     return (tuple(part / steps for part in whole) for whole in parts(num, steps))
 
 
-def _joined(query_id: str, found: Sequence[Retrieval], shares: Sequence[NDArray[np.floating]], k: int) -> Retrieval:
+def joined(query_id: str, found: Sequence[Retrieval], shares: Sequence[NDArray[np.floating]], k: int) -> Retrieval:
+    """The k passages with the highest sums of their shares in every list."""
     positions, places = np.unique(np.concatenate([item.positions for item in found]), return_inverse=True)
     totals: NDArray[np.floating] = np.zeros(len(positions))
     np.add.at(totals, places, np.concatenate(shares))

@@ -99,7 +99,7 @@ class InfluenceSource:
             model, device, trusted = self._model
             loaded = self.index.load_model(model, device=device, trust_remote_code=trusted)
             for query in asked.values():
-                _check_target(query, loaded.tokenizer)
+                check_target(query, loaded.tokenizer)
             add_bos = self.index.facts["add_bos"]
             examples = [
                 tokenize(query, loaded.tokenizer, add_bos=add_bos, max_tokens=loaded.max_tokens)
@@ -286,7 +286,7 @@ def positions_of(doc_ids: Iterable[str], sentences: Sentences, path: str) -> NDA
     return positions_N
 
 
-def _check_target(query: Query, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_target(query: Query, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a target of which the tokenizer keeps nothing: some drop the characters that they do not know."""
     ids = tokenizer(query.target.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     if all(token == tokenizer.unk_token_id for token in ids):

@@ -36,7 +36,7 @@ from trackstar.evaluation.method_settings import folder_name
 from trackstar.evaluation.open_config import OpenConfig
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import correctness, model_files
-from trackstar.evaluation.report import group_tables, groupings, means_of, overall_rows, summarise_columns
+from trackstar.evaluation.report import group_tables, groupings, numbers, overall_rows, parted
 from trackstar.evaluation.retrieval import TIE_RULE, Retrieval
 from trackstar.evaluation.run import run_methods
 from trackstar.evaluation.selection import Selection
@@ -61,7 +61,6 @@ def evaluate_open(config: OpenConfig, out: Path, *, on_step: OnStep = unheard) -
     facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts, open_set=True)
     drawn = Selection.draw(facts.facts, config, what="facts")
     evaluated = drawn.evaluated.facts
-    assert evaluated is not None
     stated = {fact.fact_id: frozenset(sentences.ids[place] for place in fact.gold) for fact in evaluated}
     judging = Judging(config.entailment, stated, out / "entailment.jsonl")
     queries = drawn.evaluated.queries
@@ -172,9 +171,9 @@ def _results(
                 "kind": settings.kind,
                 "settings": settings.model_dump(mode="json"),
                 "fitted": dict(finished[settings.name].fitted),
-                **summarise_columns(values_QM, names, groups, bootstrap),
-                "against_first": means_of(values_QM - first_QM, names, bootstrap),
-                "categories": means_of(shares, CATEGORIES, bootstrap),
+                **parted(values_QM, groups, bootstrap, names),
+                "against_first": numbers(values_QM - first_QM, bootstrap, names),
+                "categories": numbers(shares, bootstrap, CATEGORIES),
             }
         )
     return {

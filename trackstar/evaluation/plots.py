@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MEASURES = ("mrr", "recall_at_10", "precision_at_1")
-_INK, _LINE, _FAINT = "#1b2a3a", "#2c6fa6", "#d7dde3"
+INK, LINE, FAINT = "#1b2a3a", "#2c6fa6", "#d7dde3"
 # Of the categories.
 _SHADES = ("#17466e", "#4d8fc4", "#b5d3ea", "#e6eaee")
 
@@ -30,7 +30,7 @@ _SHADES = ("#17466e", "#4d8fc4", "#b5d3ea", "#e6eaee")
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
     """Write all plots that the results give; returns the files' names."""
     names = []
-    with styled():
+    with drawing():
         names += save(draw_methods(results), folder / "methods")
         names += save(draw_groups(results, "bucket", "MRR by frequency of the fact"), folder / "buckets")
         if results["methods"][0]["by"].get("prediction"):
@@ -41,12 +41,12 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def styled() -> Iterator[None]:
-    """The look of all plots, within which they are drawn and saved."""
+def drawing() -> Iterator[None]:
+    """How all plots are drawn, so that the same results give the same bytes."""
     import matplotlib
 
     # Ids in SVG files are random without a salt.
-    settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
+    settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": INK}
     with matplotlib.rc_context(settings):
         yield
 
@@ -64,15 +64,15 @@ def draw_methods(results: Mapping[str, Any]) -> Figure:
         numbers = [item["overall"][name] for item in methods]
         means = np.array([item["mean"] for item in numbers])
         ends = np.array([[item["mean"] - item["low"], item["high"] - item["mean"]] for item in numbers]).T
-        panel.errorbar(means, places, xerr=ends.clip(min=0), fmt="o", color=_LINE, ecolor=_LINE, capsize=3, ms=5)
+        panel.errorbar(means, places, xerr=ends.clip(min=0), fmt="o", color=LINE, ecolor=LINE, capsize=3, ms=5)
         for mean, place in zip(means, places, strict=True):
             panel.annotate(
                 f"{mean:.3f}", (mean, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7.5
             )
         panel.set_title(title_of(name), fontsize=11)
         panel.set_xlim(-0.04, 1.04)
-        panel.grid(axis="x", color=_FAINT)
-        panel.grid(axis="y", color=_FAINT, linewidth=0.5)
+        panel.grid(axis="x", color=FAINT)
+        panel.grid(axis="y", color=FAINT, linewidth=0.5)
         panel.set_axisbelow(True)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
@@ -105,7 +105,7 @@ def draw_cells(
         value = values[row, column]
         if np.isnan(value):
             continue
-        colour = "white" if value > 0.75 else _INK
+        colour = "white" if value > 0.75 else INK
         panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
     panel.set_xticks(range(len(columns)), columns)
     panel.set_yticks(range(len(rows)), rows)
@@ -131,7 +131,7 @@ def draw_categories(results: Mapping[str, Any]) -> Figure:
         panel.barh(places, shares, left=left, height=0.72, color=colour, label=name)
         for place, (share, start) in enumerate(zip(shares.tolist(), left.tolist(), strict=True)):
             if share >= 0.06:
-                ink = "white" if colour in _SHADES[:2] else _INK
+                ink = "white" if colour in _SHADES[:2] else INK
                 panel.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
         left += shares
     panel.set_yticks(places, [item["name"] for item in methods])

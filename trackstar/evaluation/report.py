@@ -22,7 +22,7 @@ from trackstar.evaluation.tables import mean, table, with_interval
 
 _TABLE_MEASURES = ("mrr", "recall_at_10", "precision_at_1", "precision_at_10", "map")
 # Relations of fewer queries are in results.json alone.
-_TABLE_RELATIONS, _TABLE_QUERIES = 12, 10
+TABLE_RELATIONS, TABLE_QUERIES = 12, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,31 +64,31 @@ def summarise(
     values_QM: NDArray[np.float64], groups: Sequence[Grouping], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Means and intervals of one method's measures [Q, M], overall and by group."""
-    return summarise_columns(values_QM, measure_names(depths), groups, bootstrap)
+    return parted(values_QM, groups, bootstrap, measure_names(depths))
 
 
-def summarise_columns(
-    values_QM: NDArray[np.float64], names: Sequence[str], groups: Sequence[Grouping], bootstrap: Bootstrap
+def parted(
+    values_QM: NDArray[np.float64], groups: Sequence[Grouping], bootstrap: Bootstrap, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Means and intervals of columns [Q, M] that have these names, overall and by group."""
+    """Means and intervals of any measures [Q, M] by their names, overall and by group."""
     by_group: dict[str, Any] = {}
     for group in groups:
         labels = np.array(group.labels)
         by_group[group.name] = [
-            {"label": label, **means_of(values_QM[labels == label], names, bootstrap)} for label in group.order
+            {"label": label, **numbers(values_QM[labels == label], bootstrap, names)} for label in group.order
         ]
-    return {"overall": means_of(values_QM, names, bootstrap), "by": by_group}
+    return {"overall": numbers(values_QM, bootstrap, names), "by": by_group}
 
 
 def difference(
     values_QM: NDArray[np.float64], others_QM: NDArray[np.float64], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Paired differences of two methods on the same queries, with intervals."""
-    return means_of(values_QM - others_QM, measure_names(depths), bootstrap)
+    return numbers(values_QM - others_QM, bootstrap, measure_names(depths))
 
 
-def means_of(values_QM: NDArray[np.float64], names: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean and interval of every column by its name, and the number of queries."""
+def numbers(values_QM: NDArray[np.float64], bootstrap: Bootstrap, names: Sequence[str]) -> dict[str, Any]:
+    """Means and intervals of measures [Q, M] by their names."""
     means_M, ends = values_QM.mean(axis=0), bootstrap.interval(values_QM)
     found: dict[str, Any] = {"queries": len(values_QM)}
     for number, name in enumerate(names):
@@ -124,7 +124,7 @@ def group_tables(methods: Sequence[Mapping[str, Any]]) -> list[str]:
     for group, title in (("bucket", "frequency"), ("prediction", "the model's own answer"), ("relation", "relation")):
         found = methods[0]["by"].get(group, [])
         if group == "relation":
-            found = [part for part in found if part["queries"] >= _TABLE_QUERIES][:_TABLE_RELATIONS]
+            found = [part for part in found if part["queries"] >= TABLE_QUERIES][:TABLE_RELATIONS]
         if not found:
             continue
         head = ["method", *(f"{part['label']} ({part['queries']:,})" for part in found)]

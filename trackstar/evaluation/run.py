@@ -8,6 +8,7 @@
     OUT/retrievals/              what every method found, as records of the release
     OUT/predictions.json         the model's own answers, if asked for
     OUT/corpus/                  the corpus, as `sentence_files` keeps it
+    OUT/effects.jsonl            what tail-patch measured, if asked for
 
 Contract: the same settings on the same files give the same numbers, whether they are made at once or not: a method
 whose settings, corpus, queries and index are the same as before is not run again.
@@ -29,14 +30,17 @@ from trackstar.evaluation.measures import measure_all
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
+from trackstar.evaluation.patch_settings import TailPatchSettings
+from trackstar.evaluation.patching import drawn, first_of, measure_texts
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import correctness, model_files
-from trackstar.evaluation.report import difference, groupings, markdown, means_of, summarise
+from trackstar.evaluation.report import difference, groupings, markdown, numbers, summarise
 from trackstar.evaluation.retrieval import TIE_RULE
 from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentence_files import stored_sentences
 from trackstar.evaluation.sentences import Sentences
 from trackstar.evaluation.store import Asked, Finished, RetrievalStore
+from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables, summarise_patches
 from trackstar.storage import digest_of, publish, publish_json
 
 # Changes when a method's answers change under the same settings, so that none is taken from before.
@@ -51,6 +55,8 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
     """
     if config.predictions is not None:
         model_files(config.predictions.model)  # a folder that is not there shows at once
+    if config.tail_patch is not None:
+        model_files(config.tail_patch.model)
     sentences = stored_sentences(config.corpus, out / "corpus")
     facts = FactSet.read(config.facts, sentences, source=config.gold, bucket_starts=config.bucket_starts)
     selection = Selection.draw(facts.facts, config)
@@ -64,11 +70,17 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
         on_step=on_step,
     )
     evaluated = selection.evaluated
-    assert evaluated.facts is not None
     right = correctness(config.predictions, out, evaluated.facts, evaluated.queries, on_step)
     results = _results(config, sentences, facts, evaluated, finished, right)
+    text = markdown(results)
+    if config.tail_patch is not None:
+        results["tail_patch"] = _tail_patch(
+            config, config.tail_patch, out, sentences, evaluated, finished, right, on_step
+        )
+        text += "\n".join(["", "## Tail-patch", *patch_tables(results["tail_patch"]), ""])
+        draw_patches(results["tail_patch"], out)
     publish_json(out / "results.json", results)
-    publish(out / "results.md", markdown(results).encode())
+    publish(out / "results.md", text.encode())
     draw_all(results, out)
     return results
 
@@ -125,6 +137,34 @@ def run_methods(
     return finished
 
 
+def _tail_patch(
+    config: FactsConfig,
+    settings: TailPatchSettings,
+    out: Path,
+    sentences: Sentences,
+    evaluated: Asked,
+    finished: dict[str, Finished],
+    right: dict[str, bool],
+    on_step: OnStep,
+) -> dict[str, Any]:
+    """How much every method's first sentences move the model, on the same queries for all."""
+    chosen = drawn(len(evaluated.queries), settings.queries, config.seed)
+    depth = settings.depths[-1]
+    lists = {
+        name: [
+            [sentences.texts[position] for position in found.evaluated[place].positions[:depth].tolist()]
+            for place in chosen
+        ]
+        for name, found in finished.items()
+    }
+    measured = measure_texts(
+        settings, out, [evaluated.queries[place] for place in chosen], first_of(lists, depth), on_step
+    )
+    groups = groupings([evaluated.facts[place] for place in chosen], right)
+    bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
+    return summarise_patches(measured, lists, groups, bootstrap, settings.depths)
+
+
 def _results(
     config: FactsConfig,
     sentences: Sentences,
@@ -134,7 +174,6 @@ def _results(
     right: dict[str, bool],
 ) -> dict[str, Any]:
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
-    assert evaluated.facts is not None
     groups = groupings(evaluated.facts, right)
     gold = [fact.gold for fact in evaluated.facts]
     methods: list[dict[str, Any]] = []
@@ -156,7 +195,7 @@ def _results(
                 "fitted": dict(known.fitted),
                 **summarise(values_QM, groups, bootstrap, config.depths),
                 "against_first": difference(values_QM, first, bootstrap, config.depths),
-                "categories": means_of(shares_of(evaluated.facts, listed), CATEGORIES, bootstrap),
+                "categories": numbers(shares_of(evaluated.facts, listed), bootstrap, CATEGORIES),
             }
         )
     return {

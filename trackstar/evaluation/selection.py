@@ -67,11 +67,7 @@ class Selection:
     def asked(self) -> Asked:
         """What every method answers: the evaluated, then the held-out queries."""
         evaluated, held_out = self.evaluated, self.held_out
-        known = evaluated.facts is not None and held_out.facts is not None
-        return Asked(
-            queries=[*evaluated.queries, *held_out.queries],
-            facts=[*(evaluated.facts or ()), *(held_out.facts or ())] if known else None,
-        )
+        return Asked(queries=[*evaluated.queries, *held_out.queries], facts=[*evaluated.facts, *held_out.facts])
 
 
 def digest_of_asked(asked: Asked) -> str:

@@ -29,15 +29,15 @@ from trackstar.storage import file_digest, publish, publish_json, read_json
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
-    """Queries in order, each with the fact that it asks; `facts` is None where no gold is known."""
+    """Queries in order, each with the fact that it asks; `facts` is empty where no gold is known."""
 
     queries: Sequence[Query]
-    facts: Sequence[Fact] | None = None
+    facts: Sequence[Fact] = ()
 
     @property
     def gold(self) -> list[tuple[int, ...]] | None:
         """Positions of each query's gold sentences."""
-        return None if self.facts is None else [fact.gold for fact in self.facts]
+        return None if self.queries and not self.facts else [fact.gold for fact in self.facts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,7 +118,7 @@ class RetrievalStore:
     def _write(self, path: Path, name: str, asked: Asked, found: Sequence[Retrieval]) -> str:
         lines = []
         for number, (query, item) in enumerate(zip(asked.queries, found, strict=True)):
-            fact = None if asked.facts is None else asked.facts[number]
+            fact = asked.facts[number] if asked.facts else None
             record = retrieval_record(
                 query,
                 texts=[self._sentences.texts[position] for position in item.positions],

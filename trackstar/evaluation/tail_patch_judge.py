@@ -7,10 +7,12 @@ Every step starts from the final checkpoint, which is put back after it (`tracks
 right one is open: one that divides by the root of the second moment shares its geometry with rows that do, so no single
 one is a neutral referee, and a judgement comes for each of several steps side by side.
 
-A list shorter than k counts with the passages it has, and an empty one with no change. Each pair of query and passage
-is measured once for each step, whatever number of methods list it, and kept: the cache is a file of JSON lines to which
-every query's pairs are added as they are done, so a run that was killed goes on where it was. Its keys are digests of
-all that decides an effect (checkpoint, carried optimizer state, step, tokens), so one file serves any number of runs.
+A list shorter than k counts with the passages it has, and an empty one with no change. What a step on a passage makes
+of the model does not depend on the query, so pairs are measured passage by passage: one gradient, then each step once,
+with all queries that list the passage watched together. A pair is measured once for each step, whatever number of
+methods list it, and kept: the cache is a file of JSON lines to which every passage's pairs are added as they are done,
+so a run that was killed goes on where it was. Its keys are digests of all that decides an effect (checkpoint, carried
+optimizer state, step, tokens), so one file serves any number of runs.
 
 It does not retrieve, and draws no intervals: the values of all queries come back.
 
@@ -20,7 +22,7 @@ Legend: Q queries.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,6 +48,8 @@ DEPTHS = (1, 3, 5, 10)
 
 # For every method, each query's documents, best first.
 Lists = Mapping[str, Sequence[Sequence[str]]]
+# For every step, each query's effects by document.
+Effects = Mapping[str, Sequence[Mapping[str, PatchEffect]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,6 +113,10 @@ class TailPatchJudge:
     def __init__(self, loaded: LoadedModel, cache: Path, *, optimizer: Path | None = None) -> None:
         moments = None if optimizer is None else read_moments(optimizer, loaded)
         self._patcher = TailPatcher(loaded.model, moments=moments)
+        kinds = {type(one) for one in (moments or {}).values()}
+        self.carried: Literal["none", "adamw", "adafactor"] = (
+            "none" if not kinds else "adamw" if kinds == {AdamMoments} else "adafactor"
+        )
         self._model = loaded.digest
         self._moments = None if optimizer is None else file_digest(find_optimizer(optimizer))
         self._path = cache
@@ -122,7 +130,7 @@ class TailPatchJudge:
         steps: Mapping[str, PatchStep],
         *,
         depths: Sequence[int] = DEPTHS,
-        on_query: Callable[[int, int], None] = lambda _done, _total: None,
+        on_passage: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> list[Judgement]:
         """Every method under every step at every depth.
 
@@ -132,44 +140,103 @@ class TailPatchJudge:
             lists: of every method; as many lists as there are queries, in their order.
             steps: by the name in results.
             depths: how many passages of each list count.
-            on_query: hears how many of all (step, query) are done.
+            on_passage: as of `measure`.
 
         Raises:
-            InvalidRequest: no query, method, step or depth, lists that do not fit the queries, or as
-                `TailPatcher.measure`.
-            NotReady: another process adds to the cache.
+            InvalidRequest: no query, method, step or depth, lists that do not fit the queries, or as `measure`.
+            NotReady: as `measure`.
         """
         _check(queries, lists, steps, depths)
-        found: list[Judgement] = []
+        wanted = [
+            {document: None for documents in lists.values() for document in documents[place][: max(depths)]}
+            for place in range(len(queries))
+        ]
+        effects = self.measure(queries, passages, wanted, steps, on_passage=on_passage)
+        return [
+            judgement(name, method, depth, effects[name], documents)
+            for name in steps
+            for method, documents in lists.items()
+            for depth in depths
+        ]
+
+    def measure(
+        self,
+        queries: Sequence[Example],
+        passages: Callable[[str], Example],
+        wanted: Sequence[Collection[str]],
+        steps: Mapping[str, PatchStep],
+        *,
+        on_passage: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> Effects:
+        """The effect of every step on each query's documents; those that are not known are measured and kept.
+
+        Args:
+            queries: prompts and targets.
+            passages: the tokens of a document.
+            wanted: for each query, documents.
+            steps: by the name in results.
+            on_passage: hears how many of all passages that are to be measured are done.
+
+        Raises:
+            InvalidRequest: as `TailPatcher.measure`.
+            NotReady: another process adds to the cache.
+        """
+        examples = {document: passages(document) for documents in wanted for document in documents}
         with writing(self._path.parent, name=f".{self._path.name}.lock"):
             self._mend()
-            for number, (name, step) in enumerate(steps.items()):
-                effects: list[dict[str, PatchEffect]] = []
-                for place, query in enumerate(queries):
-                    listed = {
-                        document: passages(document)
-                        for method in lists.values()
-                        for document in method[place][: max(depths)]
-                    }
-                    effects.append(dict(zip(listed, self._measure(query, list(listed.values()), step), strict=True)))
-                    on_query(number * len(queries) + place + 1, len(steps) * len(queries))
-                found += [
-                    _judgement(name, method, depth, effects, documents)
-                    for method, documents in lists.items()
-                    for depth in depths
-                ]
-        return found
+            keys: dict[tuple[str, int, str], str] = {}
+            missing: dict[str, dict[str, dict[str, int]]] = {}
+            for place, documents in enumerate(wanted):
+                for document in documents:
+                    for name, step in steps.items():
+                        key = keys[name, place, document] = self._key(queries[place], examples[document], step)
+                        if key not in self._known:
+                            missing.setdefault(document, {}).setdefault(name, {})[key] = place
+            if missing:
+                self._measure(queries, examples, missing, steps, on_passage)
+        return {
+            name: [
+                {document: self._known[keys[name, place, document]] for document in documents}
+                for place, documents in enumerate(wanted)
+            ]
+            for name in steps
+        }
 
-    def _measure(self, query: Example, passages: Sequence[Example], step: PatchStep) -> list[PatchEffect]:
-        """Effects of passages on a query, in order; those that are not known are measured and kept."""
-        keys = [self._key(query, passage, step) for passage in passages]
-        missing = {key: passage for key, passage in zip(keys, passages, strict=True) if key not in self._known}
-        if missing:
-            new = dict(zip(missing, self._patcher.measure(query, list(missing.values()), step), strict=True))
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.writelines(_line(key, effect) for key, effect in new.items())
-            self._known |= new
-        return [self._known[key] for key in keys]
+    def _measure(
+        self,
+        queries: Sequence[Example],
+        examples: Mapping[str, Example],
+        missing: Mapping[str, Mapping[str, Mapping[str, int]]],
+        steps: Mapping[str, PatchStep],
+        on_passage: Callable[[int, int], None],
+    ) -> None:
+        """Measure and keep what is missing: by document and step, places of queries by their keys."""
+        asked = sorted({place for by_step in missing.values() for keys in by_step.values() for place in keys.values()})
+        before = dict(zip(asked, self._patcher.losses([queries[place] for place in asked]), strict=True))
+        with self._path.open("a", encoding="utf-8") as stream:
+            for number, (document, by_step) in enumerate(missing.items(), start=1):
+                # Another document may have had the same tokens.
+                left = {
+                    name: unknown
+                    for name, keys in by_step.items()
+                    if (unknown := {key: place for key, place in keys.items() if key not in self._known})
+                }
+                if examples[document].num_targets and left:
+                    watched = [
+                        (steps[name], [queries[place] for place in keys.values()]) for name, keys in left.items()
+                    ]
+                    after = self._patcher.losses_after(examples[document], watched)
+                else:
+                    after = [[before[place] for place in keys.values()] for keys in left.values()]
+                found = {
+                    key: PatchEffect(loss_before=before[place], loss_after=loss)
+                    for keys, losses in zip(left.values(), after, strict=True)
+                    for (key, place), loss in zip(keys.items(), losses, strict=True)
+                }
+                stream.writelines(_line(key, effect) for key, effect in found.items())
+                stream.flush()
+                self._known |= found
+                on_passage(number, len(missing))
 
     def _key(self, query: Example, passage: Example, step: PatchStep) -> str:
         moments = None if step.carry == "none" else self._moments
@@ -199,13 +266,22 @@ def read_moments(path: Path, loaded: LoadedModel) -> dict[str, AdamMoments] | di
         return read_adam_moments(path, loaded.model)
 
 
-def _judgement(
+def judgement(
     step: str,
     method: str,
     depth: int,
     effects: Sequence[Mapping[str, PatchEffect]],
     documents: Sequence[Sequence[str]],
 ) -> Judgement:
+    """What one method's first passages do.
+
+    Args:
+        step: its name.
+        method: its name.
+        depth: how many passages of each list count.
+        effects: of the step; each query's, by document.
+        documents: each query's list, best first.
+    """
     probability_Q, loss_Q = np.zeros(len(documents)), np.zeros(len(documents))
     for place, (known, listed) in enumerate(zip(effects, documents, strict=True)):
         if first := [known[document] for document in listed[:depth]]:

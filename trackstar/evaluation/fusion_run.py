@@ -1,0 +1,284 @@
+"""A search for one list with the lexical method's MRR and the influence method's tail-patch, from settings to files.
+
+    OUT/results.json             every rule on held-out and evaluated queries, paired differences from both parents
+    OUT/results.md               tables
+    OUT/frontier.png, .svg       MRR against tail-patch, a panel for each step
+    OUT/retrievals/NAME.jsonl    the chosen rule's list of all evaluated queries, as records of the release
+    OUT/effects.jsonl            what tail-patch measured, kept so that an interrupted run goes on
+
+Contract: rules see ids and scores, never gold. The rule is chosen on held-out queries alone, where both measures are
+taken: the one whose smaller paired difference, in standard errors, is the largest, of MRR from the lexical method's
+and of tail-patch from the influence method's. Evaluated queries only report. The same settings on the same files give
+the same bytes.
+
+Legend: Q queries, D depths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trackstar.errors import InvalidRequest, NotFound
+from trackstar.evaluation.fusion_report import draw_frontier, fusion_tables
+from trackstar.evaluation.fusion_rules import Rule, rules
+from trackstar.evaluation.fusion_settings import FusionConfig
+from trackstar.evaluation.intervals import Bootstrap
+from trackstar.evaluation.method import OnStep, unheard
+from trackstar.evaluation.method_settings import folder_name
+from trackstar.evaluation.patching import Measured, drawn, measure_texts
+from trackstar.evaluation.predictions import model_files
+from trackstar.evaluation.released import HELD_OUT, aligned, joined
+from trackstar.evaluation.report import numbers
+from trackstar.evaluation.retrieval import Retrieval
+from trackstar.evaluation.tail_patch_report import measure_names, values_of
+from trackstar.records import retrieval_record
+from trackstar.results import Query
+from trackstar.storage import file_digest, publish, publish_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pair:
+    """Two methods' lists for one query; positions number the passages of both, those of the lexical list first."""
+
+    query: Query
+    lexical: Retrieval
+    influence: Retrieval
+    ids: Sequence[str]
+    texts: Sequence[str]
+    correct: Sequence[bool]
+
+    @property
+    def length(self) -> int:
+        """How many passages a list keeps."""
+        return max(len(self.lexical.positions), len(self.influence.positions))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranked:
+    """What one rule makes of some queries: positions best first, and 1 / rank of the first gold passage, [Q]."""
+
+    orders: Sequence[Sequence[int]]
+    mrr_Q: NDArray[np.float64]
+
+    def texts(self, pairs: Sequence[Pair]) -> list[list[str]]:
+        """The lists' texts."""
+        return [[pair.texts[number] for number in order] for pair, order in zip(pairs, self.orders, strict=True)]
+
+
+def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unheard) -> dict[str, Any]:
+    """Try every rule, choose one, and write all files; returns what results.json holds.
+
+    Raises:
+        NotFound, InvalidRequest: the evaluation's files or the settings cannot be used as they are.
+        TrackstarError: as `measure_texts`.
+    """
+    model_files(config.tail_patch.model)  # a folder that is not there shows at once
+    evaluated, held_out, files = _read(config)
+    chosen = drawn(len(evaluated), config.tail_patch.queries, config.seed)
+    judged = [evaluated[place] for place in chosen]
+    deciding = [held_out[place] for place in drawn(len(held_out), config.held_out, config.seed)]
+    depths = config.tail_patch.depths
+    tried = [*_parents(config), *rules(config.families, depths[-1])]
+    pairs = [*judged, *deciding]
+    ranked = [_apply(rule, pairs) for rule in tried]
+    wanted = [
+        dict.fromkeys(pair.texts[number] for one in ranked for number in one.orders[place][: depths[-1]])
+        for place, pair in enumerate(pairs)
+    ]
+    measured = measure_texts(config.tail_patch, out, [pair.query for pair in pairs], wanted, on_step)
+    step = config.decided_by or next(iter(measured.steps))
+    if step not in measured.steps:
+        raise InvalidRequest(f"decided_by names no step {step!r}; there are {', '.join(map(repr, measured.steps))}")
+    values = [{name: values_of(measured, name, one.texts(pairs), depths) for name in measured.steps} for one in ranked]
+    best = _choose(ranked, [one[step][:, len(depths) - 1] for one in values], slice(len(judged), None))
+    bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
+    results = _results(config, tried, ranked, values, measured, step, best, len(judged), bootstrap)
+    results["files"] = files
+    publish(out / "retrievals" / f"{folder_name(config.name)}.jsonl", _records(config, tried[best], evaluated))
+    publish_json(out / "results.json", results)
+    publish(out / "results.md", fusion_tables(results).encode())
+    draw_frontier(results, out)
+    return results
+
+
+def _read(config: FusionConfig) -> tuple[list[Pair], list[Pair], dict[str, str]]:
+    """The evaluated and the held-out pairs of lists, and digests of the files."""
+    folder = Path(config.evaluation) / "retrievals"
+    found: list[list[Pair]] = []
+    digests: dict[str, str] = {}
+    for ending in (".jsonl", HELD_OUT):
+        files = {name: folder / f"{folder_name(name)}{ending}" for name in (config.lexical, config.influence)}
+        for name, path in files.items():
+            if not path.is_file() and ending == HELD_OUT and path.with_name(f"{folder_name(name)}.jsonl").is_file():
+                raise InvalidRequest(
+                    f"the evaluation {config.evaluation!r} has no held-out lists of {name!r} to choose a rule on; set "
+                    "held_out above 0 in its settings and run it again"
+                )
+            if not path.is_file():
+                raise NotFound(
+                    f"the evaluation {config.evaluation!r} has no lists of a method {name!r}; give the folder that "
+                    "eval facts wrote, and a method's name there"
+                )
+            digests[path.name] = file_digest(path)
+        records = joined(files)
+        found.append(
+            [
+                _pair(lexical, influence, files[config.lexical], files[config.influence])
+                for lexical, influence in zip(*records.values(), strict=True)
+            ]
+        )
+    return found[0], found[1], digests
+
+
+def _pair(lexical: Query, influence: Query, lexical_path: Path, influence_path: Path) -> Pair:
+    numbers_by_id: dict[str, int] = {}
+    texts: list[str] = []
+    correct: list[bool] = []
+    parts = []
+    for record, path in ((lexical, lexical_path), (influence, influence_path)):
+        ids = aligned("proponent_ids", record, path, str)
+        stated = aligned("proponent_correct", record, path, bool)
+        for number, passage_id in enumerate(ids):
+            if passage_id not in numbers_by_id:
+                numbers_by_id[passage_id] = len(texts)
+                texts.append(record.fields["proponents"][number])
+                correct.append(stated[number])
+        scores = aligned("proponent_scores", record, path, (int, float))
+        parts.append(Retrieval.of(record.query_id, [numbers_by_id[one] for one in ids], scores))
+    return Pair(
+        query=lexical,
+        lexical=parts[0],
+        influence=parts[1],
+        ids=list(numbers_by_id),
+        texts=texts,
+        correct=correct,
+    )
+
+
+def _parents(config: FusionConfig) -> list[Rule]:
+    """Both methods as rules, so that all are measured alike."""
+    return [
+        Rule(name=config.lexical, family="weights", curve="", order=lambda lexical, _: lexical.positions.tolist()),
+        Rule(
+            name=config.influence, family="weights", curve="", order=lambda _, influence: influence.positions.tolist()
+        ),
+    ]
+
+
+def _apply(rule: Rule, pairs: Sequence[Pair]) -> Ranked:
+    orders = [rule.order(pair.lexical, pair.influence)[: pair.length] for pair in pairs]
+    mrr_Q = np.zeros(len(pairs))
+    for place, (pair, order) in enumerate(zip(pairs, orders, strict=True)):
+        gold = [rank for rank, number in enumerate(order, start=1) if pair.correct[number]]
+        mrr_Q[place] = 1.0 / gold[0] if gold else 0.0
+    return Ranked(orders=orders, mrr_Q=mrr_Q)
+
+
+def _choose(ranked: Sequence[Ranked], patch_Q: Sequence[NDArray[np.float64]], held_out: slice) -> int:
+    """The rule, parents excepted, that does best on held-out queries in the measure in which it does worse."""
+    standings = [
+        min(
+            in_errors(one.mrr_Q[held_out] - ranked[0].mrr_Q[held_out]),
+            in_errors(own_Q[held_out] - patch_Q[1][held_out]),
+        )
+        for one, own_Q in zip(ranked[2:], patch_Q[2:], strict=True)
+    ]
+    return 2 + int(np.argmax(standings))
+
+
+def in_errors(differences_Q: NDArray[np.float64]) -> float:
+    """Mean of paired differences in standard errors of the mean; 0 if there is none."""
+    mean, spread = float(differences_Q.mean()), float(differences_Q.std(ddof=1)) if len(differences_Q) > 1 else 0.0
+    if not mean:
+        return 0.0
+    return mean / (spread / len(differences_Q) ** 0.5) if spread else float(np.copysign(np.inf, mean))
+
+
+def _results(
+    config: FusionConfig,
+    tried: Sequence[Rule],
+    ranked: Sequence[Ranked],
+    values: Sequence[Mapping[str, NDArray[np.float64]]],
+    measured: Measured,
+    step: str,
+    best: int,
+    num_judged: int,
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    depths = config.tail_patch.depths
+    names = measure_names(depths)
+    deepest = f"probability_at_{depths[-1]}"
+    column = names.index(deepest)
+    parts = {"held_out": slice(num_judged, None), "evaluated": slice(num_judged)}
+    found: list[dict[str, Any]] = []
+    for number, (rule, one) in enumerate(zip(tried, ranked, strict=True)):
+        item: dict[str, Any] = {
+            "name": rule.name,
+            "family": rule.family if number > 1 else "parent",
+            "curve": rule.curve,
+        }
+        for part, some in parts.items():
+            mrr_Q1 = one.mrr_Q[some, None]
+            lexical_Q1 = ranked[0].mrr_Q[some, None]
+            item[part] = {
+                "mrr": numbers(mrr_Q1, bootstrap, ["mrr"])["mrr"],
+                "mrr_against_lexical": numbers(mrr_Q1 - lexical_Q1, bootstrap, ["mrr"])["mrr"],
+                "steps": {},
+            }
+            for name in measured.steps:
+                values_QM, influence_QM = values[number][name][some], values[1][name][some]
+                differences = numbers(values_QM - influence_QM, bootstrap, names)
+                item[part]["steps"][name] = {
+                    **numbers(values_QM, bootstrap, names),
+                    "against_influence": {measure: differences[measure] for measure in names},
+                }
+            item[part]["at_least_both"] = {
+                name: bool(
+                    item[part]["mrr_against_lexical"]["mean"] >= 0
+                    and (values[number][name][some, column] - values[1][name][some, column]).mean() >= 0
+                )
+                for name in measured.steps
+            }
+        found.append(item)
+    return {
+        "settings": config.model_dump(mode="json"),
+        "about": {
+            "lexical": config.lexical,
+            "influence": config.influence,
+            "evaluated": num_judged,
+            "held_out": len(ranked[0].mrr_Q) - num_judged,
+            "depths": list(depths),
+            "level": bootstrap.level,
+            "decided_by": step,
+            "model_digest": measured.model,
+            "steps": [{"name": name, "settings": one.model_dump(mode="json")} for name, one in measured.steps.items()],
+        },
+        "chosen": tried[best].name,
+        "rules": found,
+    }
+
+
+def _records(config: FusionConfig, rule: Rule, pairs: Sequence[Pair]) -> bytes:
+    """The rule's lists as records; scores are 1 / rank, as not every rule has its own."""
+    lines = []
+    for pair in pairs:
+        order = rule.order(pair.lexical, pair.influence)[: pair.length]
+        extras = pair.query.fields.get("trackstar")
+        record = retrieval_record(
+            pair.query,
+            texts=[pair.texts[number] for number in order],
+            ids=[pair.ids[number] for number in order],
+            scores=[1.0 / rank for rank in range(1, len(order) + 1)],
+            correct=[pair.correct[number] for number in order],
+            query_set=str(pair.query.fields.get("query_set", "queries")),
+            extras={**(extras if isinstance(extras, dict) else {}), "method": config.name, "rule": rule.name},
+        )
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
