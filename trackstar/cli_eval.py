@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 evaluation = typer.Typer(help="Compare methods on the same queries.", no_args_is_help=True)
 
-_UNITS = {"encoding": "queries", "predicting": "queries", "judging": "pairs", "tail-patching": "passages"}
+_UNITS = {
+    "encoding": "queries",
+    "predicting": "queries",
+    "judging": "pairs",
+    "reading targets": "targets",
+    "tail-patching": "passages",
+}
 
 _Config = Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")]
@@ -174,6 +180,20 @@ def categories(config: _Config, out: _Out, as_json: _Json = False) -> None:
     _answer(results, out, _show_categories, as_json=as_json)
 
 
+@evaluation.command()
+def tasks(config: _Config, out: _Out, as_json: _Json = False) -> None:
+    """Trace prompt sets beyond facts: what the model answers, what methods find, and how far they differ."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.task_settings import TasksConfig
+    from trackstar.index_config import read_config
+
+    settings = make_config(TasksConfig, read_config(config))
+    from trackstar.evaluation.tasks_run import evaluate_tasks
+
+    results = _run(lambda on_step: evaluate_tasks(settings, out, on_step=on_step))
+    _answer(results, out, _show_tasks, as_json=as_json)
+
+
 def _run(evaluate: Callable[[OnStep], dict[str, Any]]) -> dict[str, Any]:
     """Evaluate and show progress."""
     quieten()
@@ -190,6 +210,16 @@ def _answer(
     else:
         show(Console(), results)
     Console(stderr=True).print(f"results, tables and plots are in {out}", highlight=False)
+
+
+def _show_tasks(console: Console, results: dict[str, Any]) -> None:
+    table = Table(title="share of the target's words in what was found", show_edge=False)
+    table.add_column("method")
+    for task in results["tasks"]:
+        table.add_column(task["name"], justify="right")
+    for item in results["methods"]:
+        table.add_row(item["name"], *(_text(part["target_words"]) for part in item["by"]["task"]))
+    console.print(table)
 
 
 def _show_categories(console: Console, results: dict[str, Any]) -> None:

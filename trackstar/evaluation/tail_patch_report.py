@@ -24,7 +24,7 @@ from trackstar.evaluation.tail_patch_judge import Lists, judgement
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLES = {"bucket": "frequency", "prediction": "the model's own answer", "relation": "relation"}
+_TITLES = {"bucket": "frequency", "prediction": "the model's own answer", "relation": "relation", "task": "task"}
 
 
 def measure_names(depths: Sequence[int]) -> list[str]:
