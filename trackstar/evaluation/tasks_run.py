@@ -116,7 +116,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "# Tasks",
         "",
         f"{about['queries']:,} queries of {len(tasks):,} tasks, {about['sentences']:,} passages; of every list the "
-        f"first {depth} count. In brackets: {about['level']:.0%} bootstrap intervals over queries. Ties: {about['ties']}.",
+        f"first {depth} count.",
+        f"In brackets: {about['level']:.0%} bootstrap intervals over queries. Ties: {about['ties']}.",
         "",
     ]
     if "model" in tasks[0]:
