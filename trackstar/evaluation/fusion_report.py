@@ -20,7 +20,7 @@ def fusion_tables(results: Mapping[str, Any]) -> str:
     """The Markdown page."""
     about = results["about"]
     depth, step = about["depths"][-1], about["decided_by"]
-    lexical, influence, *rules = results["rules"]
+    (lexical, influence), rules = results["parents"], results["rules"]
     chosen = _named(results, results["chosen"])
     shown = [lexical, influence, *_best_of_families(rules, chosen, step)]
     lines = [
@@ -82,7 +82,7 @@ def verdict(results: Mapping[str, Any]) -> str:
     """Whether a rule reaches both, in a sentence or two."""
     about, chosen = results["about"], _named(results, results["chosen"])
     step = about["decided_by"]
-    if not any(item["held_out"]["at_least_both"][step] for item in results["rules"][2:]):
+    if not any(item["held_out"]["at_least_both"][step] for item in results["rules"]):
         return f"No rule reaches both on the held-out queries; {chosen['name']!r} comes closest."
     reached = chosen["evaluated"]["at_least_both"][step]
     return f"Chosen: {chosen['name']!r}. On the evaluated queries it {'reaches' if reached else 'does not reach'} both."
@@ -128,7 +128,7 @@ def _points(found: Mapping[str, float]) -> str:
 
 
 def _named(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(item for item in results["rules"][2:] if item["name"] == name)
+    found: Mapping[str, Any] = next(item for item in results["rules"] if item["name"] == name)
     return found
 
 
@@ -144,7 +144,7 @@ def _figure(results: Mapping[str, Any]) -> Figure:
 
     about = results["about"]
     depth, names = about["depths"][-1], [one["name"] for one in about["steps"]]
-    lexical, influence, *rules = results["rules"]
+    (lexical, influence), rules = results["parents"], results["rules"]
     chosen = _named(results, results["chosen"])
     curves = list(dict.fromkeys(item["curve"] for item in rules))
     colours = {curve: mpl.colormaps["tab20"](number % 20) for number, curve in enumerate(curves)}
@@ -158,8 +158,7 @@ def _figure(results: Mapping[str, Any]) -> Figure:
     for panel, step in zip(panels, names, strict=True):
         for curve in curves:
             points = [place(item, step) for item in rules if item["curve"] == curve]
-            across, up = zip(*points, strict=True)
-            panel.plot(across, up, "o-", color=colours[curve], ms=3, linewidth=0.8, label=curve)
+            panel.plot(*zip(*points, strict=True), "o-", color=colours[curve], ms=3, linewidth=0.8, label=curve)
         for item, mark in ((lexical, "s"), (influence, "^")):
             across, up = place(item, step)
             panel.plot([across], [up], mark, color=INK, ms=8, label=item["name"], linestyle="none")

@@ -49,7 +49,7 @@ class Rule:
     """One rule. `curve`: what its plots join it with; `order` gives all passages of two lists, best first."""
 
     name: str
-    family: Family
+    family: Family | Literal["parent"]
     curve: str
     order: Callable[[Retrieval, Retrieval], Sequence[int]]
 
