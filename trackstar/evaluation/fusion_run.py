@@ -7,9 +7,9 @@
     OUT/effects.jsonl            what tail-patch measured, kept so that an interrupted run goes on
 
 Contract: rules see ids and scores, never gold. The rule is chosen on held-out queries alone, where both measures are
-taken: the one whose smaller paired difference, in standard errors, is the largest, of MRR from the lexical method's
-and of tail-patch from the influence method's. Evaluated queries only report. The same settings on the same files give
-the same bytes.
+taken: the one whose smallest paired difference, in standard errors, is the largest, of MRR from the lexical method's
+and of tail-patch, under every step that decides, from the influence method's. Evaluated queries only report. The same
+settings on the same files give the same bytes.
 
 Legend: Q queries, D depths.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.evaluation.fusion_report import draw_frontier, fusion_tables
+from trackstar.evaluation.fusion_report import draw_frontier, fusion_tables, standing
 from trackstar.evaluation.fusion_rules import Rule, rules
 from trackstar.evaluation.fusion_settings import FusionConfig
 from trackstar.evaluation.intervals import Bootstrap
@@ -96,9 +96,9 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
         for place, pair in enumerate(pairs)
     ]
     measured = measure_texts(config.tail_patch, out, [pair.query for pair in pairs], wanted, on_step)
-    step = config.decided_by or next(iter(measured.steps))
-    if step not in measured.steps:
-        raise InvalidRequest(f"decided_by names no step {step!r}; there are {', '.join(map(repr, measured.steps))}")
+    deciding_steps = list(measured.steps) if config.decided_by is None else [config.decided_by]
+    if unknown := [name for name in deciding_steps if name not in measured.steps]:
+        raise InvalidRequest(f"decided_by: there is no step {unknown[0]!r}, but {', '.join(map(repr, measured.steps))}")
     values = [{name: values_of(measured, name, one.texts(pairs), depths) for name in measured.steps} for one in ranked]
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
     found = [
@@ -121,8 +121,8 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
         for rule, one, own in zip(tried, ranked, values, strict=True)
     ]
     # The first of the best, and not one of the parents.
-    best = 2 + int(np.argmax([item["held_out"]["standing"][step] for item in found[2:]]))
-    results = {
+    best = 2 + int(np.argmax([standing(item, deciding_steps) for item in found[2:]]))
+    results: dict[str, Any] = {
         "settings": config.model_dump(mode="json"),
         "files": files,
         "about": {
@@ -132,7 +132,7 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
             "held_out": len(deciding),
             "depths": list(depths),
             "level": bootstrap.level,
-            "decided_by": step,
+            "decided_by": deciding_steps,
             "model_digest": measured.model,
             "steps": [{"name": name, "settings": one.model_dump(mode="json")} for name, one in measured.steps.items()],
         },
@@ -246,22 +246,29 @@ def _numbers(
         bootstrap: how intervals are made.
     """
     names = measure_names(depths)
-    column = len(depths) - 1
-    steps, standing, both = {}, {}, {}
+    deepest = names[len(depths) - 1]
+    gained_Q = mrr_Q - lexical_Q
+    columns, titles = [mrr_Q[:, None], gained_Q[:, None]], ["mrr", "mrr_against_lexical"]
+    standings = {}
     for step, values_QM in patches.items():
         differences_QM = values_QM - influence[step]
-        steps[step] = {
-            **numbers(values_QM, bootstrap, names),
-            "against_influence": numbers(differences_QM, bootstrap, names),
-        }
-        standing[step] = min(in_errors(mrr_Q - lexical_Q), in_errors(differences_QM[:, column]))
-        both[step] = standing[step] >= 0
+        columns += [values_QM, differences_QM]
+        titles += [f"{step}/{name}" for name in names] + [f"{step}/against/{name}" for name in names]
+        standings[step] = min(in_errors(gained_Q), in_errors(differences_QM[:, names.index(deepest)]))
+    # Resamples are drawn once for all columns.
+    found = numbers(np.concatenate(columns, axis=1), bootstrap, titles)
     return {
-        "mrr": numbers(mrr_Q[:, None], bootstrap, ["mrr"])["mrr"],
-        "mrr_against_lexical": numbers((mrr_Q - lexical_Q)[:, None], bootstrap, ["mrr"])["mrr"],
-        "steps": steps,
-        "standing": standing,
-        "at_least_both": both,
+        "mrr": found["mrr"],
+        "mrr_against_lexical": found["mrr_against_lexical"],
+        "steps": {
+            step: {
+                **{name: found[f"{step}/{name}"] for name in names},
+                "against_influence": {name: found[f"{step}/against/{name}"] for name in names},
+            }
+            for step in patches
+        },
+        "standing": standings,
+        "at_least_both": {step: value >= 0 for step, value in standings.items()},
     }
 
 
