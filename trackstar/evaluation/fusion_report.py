@@ -31,12 +31,10 @@ def verdict(results: Mapping[str, Any]) -> str:
         first = f"Chosen on the held-out queries, where it reaches both: {name!r}."
     reached = [step for step, both in chosen["evaluated"]["at_least_both"].items() if both]
     missed = [step for step, both in chosen["evaluated"]["at_least_both"].items() if not both]
-    told = []
-    if reached:
-        told.append(f"reaches both under {_listed(reached)}")
-    if missed:
-        told.append(f"does not under {_listed(missed)}")
-    return f"{first} On the evaluated queries it {' and '.join(told)}."
+    if not reached:
+        return f"{first} On the evaluated queries it does not reach both under {_listed(missed)}."
+    but = f", but not under {_listed(missed)}" if missed else ""
+    return f"{first} On the evaluated queries it reaches both under {_listed(reached)}{but}."
 
 
 def fusion_tables(results: Mapping[str, Any]) -> str:
@@ -67,26 +65,13 @@ def fusion_tables(results: Mapping[str, Any]) -> str:
             "at least both",
         ]
         rows = [_row(item, depth, step, item is chosen) for item in shown]
-        lines += [
-            "",
-            f"## {step}",
-            "",
-            *table(head, rows),
-            "",
-            f"The chosen rule, {chosen['name']!r}, at other depths:",
-            "",
-        ]
+        lines += ["", f"## {step}", "", *table(head, rows)]
         head = ["list", *(f"tail-patch@{one}" for one in about["depths"])]
-        lines += table(
-            head,
-            [
-                [
-                    item["name"],
-                    *(_points(item["evaluated"]["steps"][step][f"probability_at_{one}"]) for one in about["depths"]),
-                ]
-                for item in (*results["parents"], chosen)
-            ],
-        )
+        rows = []
+        for item in (*results["parents"], chosen):
+            found = item["evaluated"]["steps"][step]
+            rows.append([item["name"], *(_points(found[f"probability_at_{one}"]) for one in about["depths"])])
+        lines += ["", f"The chosen rule, {chosen['name']!r}, at every depth:", "", *table(head, rows)]
         counts = [sum(item[part]["at_least_both"][step] for item in rules) for part in ("held_out", "evaluated")]
         lines += [
             "",
@@ -153,8 +138,9 @@ def _figure(results: Mapping[str, Any]) -> Figure:
     depth, names = about["depths"][-1], [one["name"] for one in about["steps"]]
     (lexical, influence), rules = results["parents"], results["rules"]
     chosen = _named(results, results["chosen"])
-    curves = list(dict.fromkeys(item["curve"] for item in rules))
-    colours = {curve: mpl.colormaps["tab20"](number % 20) for number, curve in enumerate(curves)}
+    curves = {item["curve"]: item["family"] for item in rules}
+    families = list(dict.fromkeys(curves.values()))
+    colours = {family: mpl.colormaps["tab10"](number) for number, family in enumerate(families)}
     figure = Figure(figsize=(4.4 * len(names) + 2.4, 4.6), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
 
@@ -163,9 +149,12 @@ def _figure(results: Mapping[str, Any]) -> Figure:
         return found["mrr"]["mean"], 100 * found["steps"][step][f"probability_at_{depth}"]["mean"]
 
     for panel, step in zip(panels, names, strict=True):
-        for curve in curves:
+        for curve, family in curves.items():
             points = [place(item, step) for item in rules if item["curve"] == curve]
-            panel.plot(*zip(*points, strict=True), "o-", color=colours[curve], ms=3, linewidth=0.8, label=curve)
+            colour = colours[family]
+            panel.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, linewidth=0.7, alpha=0.8)
+        for family, colour in colours.items():
+            panel.plot([], [], "o-", color=colour, ms=3, linewidth=0.7, label=family)
         for item, mark in ((lexical, "s"), (influence, "^")):
             across, up = place(item, step)
             panel.plot([across], [up], mark, color=INK, ms=8, label=item["name"], linestyle="none")

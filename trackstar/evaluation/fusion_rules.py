@@ -157,7 +157,7 @@ def _share(num: int, depth: int, weight: float) -> Order:
 
     def order(lexical: Retrieval, influence: Retrieval) -> Sequence[int]:
         ranked = leader(lexical, influence)
-        kept = set(_once(ranked[:num], _ids(influence))[:depth])
+        kept = set(_once(ranked[:num], _ids(influence), ranked)[:depth])
         return _once([one for one in ranked if one in kept], ranked)
 
     return order
