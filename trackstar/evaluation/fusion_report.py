@@ -16,92 +16,84 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def fusion_tables(results: Mapping[str, Any]) -> str:
-    """The Markdown page."""
-    about = results["about"]
-    depth, step = about["depths"][-1], about["decided_by"]
-    lexical, influence, *rules = results["rules"]
-    chosen = _named(results, results["chosen"])
-    shown = [lexical, influence, *_best_of_families(rules, chosen, step)]
-    lines = [
-        "# Fusion",
-        "",
-        f"Wanted: one list with the MRR of {about['lexical']} and the tail-patch@{depth} of {about['influence']} at "
-        f"least. {len(rules)} rules were tried on {about['held_out']:,} held-out queries, where one was chosen by the "
-        f"step {step!r}; the numbers below are of {about['evaluated']:,} other queries.",
-        "",
-        verdict(results),
-        "",
-        f"Tail-patch in percentage points under {step}. In brackets: {about['level']:.0%} bootstrap intervals over "
-        "queries; differences are paired. Of each family the rule that stood best on held-out queries is shown.",
-        "",
-        *table(
-            [
-                "rule",
-                "MRR",
-                f"MRR less {about['lexical']}'s",
-                f"tail-patch@{depth}",
-                f"tail-patch@{depth} less {about['influence']}'s",
-                "at least both",
-            ],
-            [_row(item, depth, step, item is chosen) for item in shown],
-        ),
-    ]
-    names = [one["name"] for one in about["steps"]]
-    lines += ["", f"## {chosen['name']} under every step", ""]
-    depths = about["depths"]
-    head = ["step", "list", *(f"tail-patch@{one}" for one in depths), f"@{depth} less {about['influence']}'s"]
-    rows = []
-    for name in names:
-        for item in (lexical, influence, chosen):
-            found = item["evaluated"]["steps"][name]
-            cells = [_points(found[f"probability_at_{one}"]) for one in depths]
-            rows.append([name, item["name"], *cells, _points(found["against_influence"][f"probability_at_{depth}"])])
-    lines += table(head, rows)
-    lines += ["", "## How many rules reach both", ""]
-    lines += table(
-        ["step", "held-out queries", "evaluated queries", "both"],
-        [
-            [
-                name,
-                *(str(sum(item[part]["at_least_both"][name] for item in rules)) for part in ("held_out", "evaluated")),
-                str(
-                    sum(
-                        item["held_out"]["at_least_both"][name] and item["evaluated"]["at_least_both"][name]
-                        for item in rules
-                    )
-                ),
-            ]
-            for name in names
-        ],
-    )
-    return "\n".join(lines) + "\n"
+def standing(item: Mapping[str, Any], steps: Sequence[str]) -> float:
+    """How a rule stands on held-out queries against both parents in the measure and step in which it does worst."""
+    return min(float(item["held_out"]["standing"][step]) for step in steps)
 
 
 def verdict(results: Mapping[str, Any]) -> str:
     """Whether a rule reaches both, in a sentence or two."""
     about, chosen = results["about"], _named(results, results["chosen"])
-    step = about["decided_by"]
-    if not any(item["held_out"]["at_least_both"][step] for item in results["rules"][2:]):
-        return f"No rule reaches both on the held-out queries; {chosen['name']!r} comes closest."
-    reached = chosen["evaluated"]["at_least_both"][step]
-    return f"Chosen: {chosen['name']!r}. On the evaluated queries it {'reaches' if reached else 'does not reach'} both."
+    name = chosen["name"]
+    if all(standing(item, about["decided_by"]) < 0 for item in results["rules"]):
+        first = f"No rule reaches both on the held-out queries; {name!r} comes closest."
+    else:
+        first = f"Chosen on the held-out queries, where it reaches both: {name!r}."
+    reached = [step for step, both in chosen["evaluated"]["at_least_both"].items() if both]
+    missed = [step for step, both in chosen["evaluated"]["at_least_both"].items() if not both]
+    if not reached:
+        return f"{first} On the evaluated queries it does not reach both under {_listed(missed)}."
+    but = f", but not under {_listed(missed)}" if missed else ""
+    return f"{first} On the evaluated queries it reaches both under {_listed(reached)}{but}."
+
+
+def fusion_tables(results: Mapping[str, Any]) -> str:
+    """The Markdown page."""
+    about, rules = results["about"], results["rules"]
+    depth, steps = about["depths"][-1], about["decided_by"]
+    chosen = _named(results, results["chosen"])
+    shown = [*results["parents"], *_best_of_families(rules, chosen, steps)]
+    lines = [
+        "# Fusion",
+        "",
+        f"Wanted: one list with the MRR of {about['lexical']} and the tail-patch@{depth} of {about['influence']} at "
+        f"least. {len(rules)} rules were tried on {about['held_out']:,} held-out queries, where one was chosen by "
+        f"{_listed(steps)}; the numbers below are of {about['evaluated']:,} other queries.",
+        "",
+        verdict(results),
+        "",
+        f"Tail-patch is in percentage points. In brackets: {about['level']:.0%} bootstrap intervals over queries; "
+        "differences are paired. Of each family the rule that stood best on held-out queries is shown.",
+    ]
+    for step in (one["name"] for one in about["steps"]):
+        head = [
+            "rule",
+            "MRR",
+            f"less {about['lexical']}'s",
+            f"tail-patch@{depth}",
+            f"less {about['influence']}'s",
+            "at least both",
+        ]
+        rows = [_row(item, depth, step, item is chosen) for item in shown]
+        lines += ["", f"## {step}", "", *table(head, rows)]
+        head = ["list", *(f"tail-patch@{one}" for one in about["depths"])]
+        rows = []
+        for item in (*results["parents"], chosen):
+            found = item["evaluated"]["steps"][step]
+            rows.append([item["name"], *(_points(found[f"probability_at_{one}"]) for one in about["depths"])])
+        lines += ["", f"The chosen rule, {chosen['name']!r}, at every depth:", "", *table(head, rows)]
+        counts = [sum(item[part]["at_least_both"][step] for item in rules) for part in ("held_out", "evaluated")]
+        lines += [
+            "",
+            f"{counts[0]} rules reach both on the held-out queries, {counts[1]} on the evaluated ones.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def _best_of_families(
-    rules: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], step: str
+    rules: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], steps: Sequence[str]
 ) -> list[Mapping[str, Any]]:
     best: dict[str, Mapping[str, Any]] = {}
     for item in rules:
         known = best.get(item["family"])
-        if item is chosen or known is None or (known is not chosen and _standing(item, step) > _standing(known, step)):
+        if item is chosen or known is None or (known is not chosen and standing(item, steps) > standing(known, steps)):
             best[item["family"]] = item
     return list(best.values())
-
-
-def _standing(item: Mapping[str, Any], step: str) -> float:
-    standing: float = item["held_out"]["standing"][step]
-    return standing
 
 
 def _row(item: Mapping[str, Any], depth: int, step: str, is_chosen: bool) -> list[str]:
@@ -128,7 +120,7 @@ def _points(found: Mapping[str, float]) -> str:
 
 
 def _named(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(item for item in results["rules"][2:] if item["name"] == name)
+    found: Mapping[str, Any] = next(item for item in results["rules"] if item["name"] == name)
     return found
 
 
@@ -144,10 +136,11 @@ def _figure(results: Mapping[str, Any]) -> Figure:
 
     about = results["about"]
     depth, names = about["depths"][-1], [one["name"] for one in about["steps"]]
-    lexical, influence, *rules = results["rules"]
+    (lexical, influence), rules = results["parents"], results["rules"]
     chosen = _named(results, results["chosen"])
-    curves = list(dict.fromkeys(item["curve"] for item in rules))
-    colours = {curve: mpl.colormaps["tab20"](number % 20) for number, curve in enumerate(curves)}
+    curves = {item["curve"]: item["family"] for item in rules}
+    families = list(dict.fromkeys(curves.values()))
+    colours = {family: mpl.colormaps["tab10"](number) for number, family in enumerate(families)}
     figure = Figure(figsize=(4.4 * len(names) + 2.4, 4.6), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
 
@@ -156,10 +149,12 @@ def _figure(results: Mapping[str, Any]) -> Figure:
         return found["mrr"]["mean"], 100 * found["steps"][step][f"probability_at_{depth}"]["mean"]
 
     for panel, step in zip(panels, names, strict=True):
-        for curve in curves:
+        for curve, family in curves.items():
             points = [place(item, step) for item in rules if item["curve"] == curve]
-            across, up = zip(*points, strict=True)
-            panel.plot(across, up, "o-", color=colours[curve], ms=3, linewidth=0.8, label=curve)
+            colour = colours[family]
+            panel.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, linewidth=0.7, alpha=0.8)
+        for family, colour in colours.items():
+            panel.plot([], [], "o-", color=colour, ms=3, linewidth=0.7, label=family)
         for item, mark in ((lexical, "s"), (influence, "^")):
             across, up = place(item, step)
             panel.plot([across], [up], mark, color=INK, ms=8, label=item["name"], linestyle="none")

@@ -2,14 +2,16 @@
 
     weights      w · lexical + (1 - w) · influence, of scores that are scaled in each list (`fusion.SCALES`)
     ranks        w / (constant + lexical rank) + (1 - w) / (constant + influence rank)
-    lead         the lexical method's first n, then the rest by influence
-    share        the lexical method's first n and so many of influence's that there are D, all in the lexical order;
-                 then the rest in the lexical order
+    lead         the first n of a leader, then the rest by influence
+    share        the first n of a leader and so many of influence's that there are D, all in the leader's order; then
+                 the rest in the leader's order
     within lexical, within influence
                  the first n of the one method, in the other's order; then the rest as they are
     lead within  the lexical method's first one, then the rest of its first n by influence; then the rest
     agreed       the lexical method's first one, then what is among the first n of both, in the lexical order; then the
                  rest by influence
+
+A leader is the lexical list, or one of the lists of `weights` in which the lexical method weighs more.
 
 A mean over a list's first D passages does not depend on their order, and a reciprocal rank depends on the first gold
 passage alone: so `share` chooses which passages are among the first D for the one measure and orders them for the
@@ -41,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 _CONSTANTS = (0.0, 10.0, 60.0)
 _LEADS = (1, 2, 3, 5)
+_LEADERS = (1.0, 0.9, 0.8, 0.7, 0.6)
 _WIDTHS = (2, 3, 5, 10, 20, 50)
 
 
@@ -49,7 +52,7 @@ class Rule:
     """One rule. `curve`: what its plots join it with; `order` gives all passages of two lists, best first."""
 
     name: str
-    family: Family
+    family: Family | Literal["parent"]
     curve: str
     order: Callable[[Retrieval, Retrieval], Sequence[int]]
 
@@ -64,8 +67,16 @@ def rules(families: Iterable[Family], depth: int) -> list[Rule]:
     makers: dict[Family, Callable[[], Iterable[Rule]]] = {
         "weights": _weights,
         "ranks": _ranks,
-        "lead": lambda: (_rule("lead", f"lead {n}", _lead(n)) for n in _LEADS),
-        "share": lambda: (_rule("share", f"share {n} of {depth}", _share(n, depth)) for n in range(depth)),
+        "lead": lambda: (
+            _rule("lead", f"lead {n}{_of(weight)}", _lead(n, weight), f"lead{_of(weight)}")
+            for weight in _LEADERS
+            for n in _LEADS
+        ),
+        "share": lambda: (
+            _rule("share", f"share {n} of {depth}{_of(weight)}", _share(n, depth, weight), f"share{_of(weight)}")
+            for weight in _LEADERS
+            for n in range(depth)
+        ),
         "within lexical": lambda: (_rule("within lexical", f"within lexical {n}", _within(n)) for n in _WIDTHS),
         "within influence": lambda: (
             _rule("within influence", f"within influence {n}", _swapped(_within(n))) for n in _WIDTHS
@@ -123,14 +134,30 @@ def _all(query_id: str, found: Sequence[Retrieval], shares: Sequence[np.ndarray]
     return ids
 
 
-def _lead(num: int) -> Order:
-    return lambda lexical, influence: _once(_ids(lexical)[:num], _ids(influence), _ids(lexical))
+def _of(weight: float) -> str:
+    """How a leader's name ends."""
+    return "" if weight == 1 else f" by weights {weight:g}"
 
 
-def _share(num: int, depth: int) -> Order:
+def _leader(weight: float) -> Order:
+    if weight < 1:
+        return _weighted(weight, "range")
+    return lambda lexical, influence: _once(_ids(lexical), _ids(influence))
+
+
+def _lead(num: int, weight: float) -> Order:
+    leader = _leader(weight)
+    return lambda lexical, influence: _once(
+        leader(lexical, influence)[:num], _ids(influence), leader(lexical, influence)
+    )
+
+
+def _share(num: int, depth: int, weight: float) -> Order:
+    leader = _leader(weight)
+
     def order(lexical: Retrieval, influence: Retrieval) -> Sequence[int]:
-        kept = set(_once(_ids(lexical)[:num], _ids(influence))[:depth])
-        ranked = _once(_ids(lexical), _ids(influence))
+        ranked = leader(lexical, influence)
+        kept = set(_once(ranked[:num], _ids(influence), ranked)[:depth])
         return _once([one for one in ranked if one in kept], ranked)
 
     return order

@@ -7,9 +7,9 @@
     OUT/effects.jsonl            what tail-patch measured, kept so that an interrupted run goes on
 
 Contract: rules see ids and scores, never gold. The rule is chosen on held-out queries alone, where both measures are
-taken: the one whose smaller paired difference, in standard errors, is the largest, of MRR from the lexical method's
-and of tail-patch from the influence method's. Evaluated queries only report. The same settings on the same files give
-the same bytes.
+taken: the one whose smallest paired difference, in standard errors, is the largest, of MRR from the lexical method's
+and of tail-patch, under every step that decides, from the influence method's. Evaluated queries only report. The same
+settings on the same files give the same bytes.
 
 Legend: Q queries, D depths.
 """
@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trackstar.errors import InvalidRequest, NotFound
-from trackstar.evaluation.fusion_report import draw_frontier, fusion_tables
+from trackstar.evaluation.fusion_report import draw_frontier, fusion_tables, standing
 from trackstar.evaluation.fusion_rules import Rule, rules
 from trackstar.evaluation.fusion_settings import FusionConfig
 from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import folder_name
-from trackstar.evaluation.patching import Measured, drawn, measure_texts
+from trackstar.evaluation.patching import drawn, measure_texts
 from trackstar.evaluation.predictions import model_files
 from trackstar.evaluation.released import HELD_OUT, aligned, joined
 from trackstar.evaluation.report import numbers
@@ -41,6 +41,9 @@ from trackstar.evaluation.tail_patch_report import measure_names, values_of
 from trackstar.records import retrieval_record
 from trackstar.results import Query
 from trackstar.storage import file_digest, publish, publish_json
+
+# Means over the same passages in another order differ by less; standings are cut off at the second.
+_ROUNDING, _LARGEST = 1e-12, 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,14 +96,50 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
         for place, pair in enumerate(pairs)
     ]
     measured = measure_texts(config.tail_patch, out, [pair.query for pair in pairs], wanted, on_step)
-    step = config.decided_by or next(iter(measured.steps))
-    if step not in measured.steps:
-        raise InvalidRequest(f"decided_by names no step {step!r}; there are {', '.join(map(repr, measured.steps))}")
+    deciding_steps = list(measured.steps) if config.decided_by is None else [config.decided_by]
+    if unknown := [name for name in deciding_steps if name not in measured.steps]:
+        raise InvalidRequest(f"decided_by: there is no step {unknown[0]!r}, but {', '.join(map(repr, measured.steps))}")
     values = [{name: values_of(measured, name, one.texts(pairs), depths) for name in measured.steps} for one in ranked]
-    best = _choose(ranked, [one[step][:, len(depths) - 1] for one in values], slice(len(judged), None))
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
-    results = _results(config, tried, ranked, values, measured, step, best, len(judged), bootstrap)
-    results["files"] = files
+    found = [
+        {
+            "name": rule.name,
+            "family": rule.family,
+            "curve": rule.curve,
+            **{
+                part: _numbers(
+                    one.mrr_Q[some],
+                    ranked[0].mrr_Q[some],
+                    {name: values_QM[some] for name, values_QM in own.items()},
+                    {name: values_QM[some] for name, values_QM in values[1].items()},
+                    depths,
+                    bootstrap,
+                )
+                for part, some in (("held_out", slice(len(judged), None)), ("evaluated", slice(len(judged))))
+            },
+        }
+        for rule, one, own in zip(tried, ranked, values, strict=True)
+    ]
+    # The first of the best, and not one of the parents.
+    best = 2 + int(np.argmax([standing(item, deciding_steps) for item in found[2:]]))
+    results: dict[str, Any] = {
+        "settings": config.model_dump(mode="json"),
+        "files": files,
+        "about": {
+            "lexical": config.lexical,
+            "influence": config.influence,
+            "evaluated": len(judged),
+            "held_out": len(deciding),
+            "depths": list(depths),
+            "level": bootstrap.level,
+            "decided_by": deciding_steps,
+            "model_digest": measured.model,
+            "steps": [{"name": name, "settings": one.model_dump(mode="json")} for name, one in measured.steps.items()],
+        },
+        "chosen": tried[best].name,
+        "parents": found[:2],
+        "rules": found[2:],
+    }
     publish(out / "retrievals" / f"{folder_name(config.name)}.jsonl", _records(config, tried[best], evaluated))
     publish_json(out / "results.json", results)
     publish(out / "results.md", fusion_tables(results).encode())
@@ -165,10 +204,8 @@ def _pair(lexical: Query, influence: Query, lexical_path: Path, influence_path: 
 def _parents(config: FusionConfig) -> list[Rule]:
     """Both methods as rules, so that all are measured alike."""
     return [
-        Rule(name=config.lexical, family="weights", curve="", order=lambda lexical, _: lexical.positions.tolist()),
-        Rule(
-            name=config.influence, family="weights", curve="", order=lambda _, influence: influence.positions.tolist()
-        ),
+        Rule(name=config.lexical, family="parent", curve="", order=lambda lexical, _: lexical.positions.tolist()),
+        Rule(name=config.influence, family="parent", curve="", order=lambda _, influence: influence.positions.tolist()),
     ]
 
 
@@ -181,87 +218,57 @@ def _apply(rule: Rule, pairs: Sequence[Pair]) -> Ranked:
     return Ranked(orders=orders, mrr_Q=mrr_Q)
 
 
-def _choose(ranked: Sequence[Ranked], patch_Q: Sequence[NDArray[np.float64]], held_out: slice) -> int:
-    """The rule, parents excepted, that does best on held-out queries in the measure in which it does worse."""
-    standings = [
-        min(
-            in_errors(one.mrr_Q[held_out] - ranked[0].mrr_Q[held_out]),
-            in_errors(own_Q[held_out] - patch_Q[1][held_out]),
-        )
-        for one, own_Q in zip(ranked[2:], patch_Q[2:], strict=True)
-    ]
-    return 2 + int(np.argmax(standings))
-
-
 def in_errors(differences_Q: NDArray[np.float64]) -> float:
-    """Mean of paired differences in standard errors of the mean; 0 if there is none."""
-    mean, spread = float(differences_Q.mean()), float(differences_Q.std(ddof=1)) if len(differences_Q) > 1 else 0.0
-    if not mean:
+    """Mean of paired differences in standard errors of the mean; 0 if there is no difference beyond rounding."""
+    mean = float(differences_Q.mean())
+    if abs(mean) <= _ROUNDING:
         return 0.0
-    return mean / (spread / len(differences_Q) ** 0.5) if spread else float(np.copysign(np.inf, mean))
+    spread = float(differences_Q.std(ddof=1)) if len(differences_Q) > 1 else 0.0
+    return float(np.clip(mean * len(differences_Q) ** 0.5 / max(spread, _ROUNDING), -_LARGEST, _LARGEST))
 
 
-def _results(
-    config: FusionConfig,
-    tried: Sequence[Rule],
-    ranked: Sequence[Ranked],
-    values: Sequence[Mapping[str, NDArray[np.float64]]],
-    measured: Measured,
-    step: str,
-    best: int,
-    num_judged: int,
+def _numbers(
+    mrr_Q: NDArray[np.float64],
+    lexical_Q: NDArray[np.float64],
+    patches: Mapping[str, NDArray[np.float64]],
+    influence: Mapping[str, NDArray[np.float64]],
+    depths: Sequence[int],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    depths = config.tail_patch.depths
+    """One rule's measures on some queries, and how it stands against the parents under every step.
+
+    Args:
+        mrr_Q: the rule's.
+        lexical_Q: the lexical method's.
+        patches: the rule's tail-patch measures [Q, M] by step.
+        influence: the influence method's.
+        depths: of tail-patch.
+        bootstrap: how intervals are made.
+    """
     names = measure_names(depths)
-    deepest = f"probability_at_{depths[-1]}"
-    column = names.index(deepest)
-    parts = {"held_out": slice(num_judged, None), "evaluated": slice(num_judged)}
-    found: list[dict[str, Any]] = []
-    for number, (rule, one) in enumerate(zip(tried, ranked, strict=True)):
-        item: dict[str, Any] = {
-            "name": rule.name,
-            "family": rule.family if number > 1 else "parent",
-            "curve": rule.curve,
-        }
-        for part, some in parts.items():
-            mrr_Q1 = one.mrr_Q[some, None]
-            lexical_Q1 = ranked[0].mrr_Q[some, None]
-            item[part] = {
-                "mrr": numbers(mrr_Q1, bootstrap, ["mrr"])["mrr"],
-                "mrr_against_lexical": numbers(mrr_Q1 - lexical_Q1, bootstrap, ["mrr"])["mrr"],
-                "steps": {},
-            }
-            for name in measured.steps:
-                values_QM, influence_QM = values[number][name][some], values[1][name][some]
-                differences = numbers(values_QM - influence_QM, bootstrap, names)
-                item[part]["steps"][name] = {
-                    **numbers(values_QM, bootstrap, names),
-                    "against_influence": {measure: differences[measure] for measure in names},
-                }
-            item[part]["at_least_both"] = {
-                name: bool(
-                    item[part]["mrr_against_lexical"]["mean"] >= 0
-                    and (values[number][name][some, column] - values[1][name][some, column]).mean() >= 0
-                )
-                for name in measured.steps
-            }
-        found.append(item)
+    deepest = names[len(depths) - 1]
+    gained_Q = mrr_Q - lexical_Q
+    columns, titles = [mrr_Q[:, None], gained_Q[:, None]], ["mrr", "mrr_against_lexical"]
+    standings = {}
+    for step, values_QM in patches.items():
+        differences_QM = values_QM - influence[step]
+        columns += [values_QM, differences_QM]
+        titles += [f"{step}/{name}" for name in names] + [f"{step}/against/{name}" for name in names]
+        standings[step] = min(in_errors(gained_Q), in_errors(differences_QM[:, names.index(deepest)]))
+    # Resamples are drawn once for all columns.
+    found = numbers(np.concatenate(columns, axis=1), bootstrap, titles)
     return {
-        "settings": config.model_dump(mode="json"),
-        "about": {
-            "lexical": config.lexical,
-            "influence": config.influence,
-            "evaluated": num_judged,
-            "held_out": len(ranked[0].mrr_Q) - num_judged,
-            "depths": list(depths),
-            "level": bootstrap.level,
-            "decided_by": step,
-            "model_digest": measured.model,
-            "steps": [{"name": name, "settings": one.model_dump(mode="json")} for name, one in measured.steps.items()],
+        "mrr": found["mrr"],
+        "mrr_against_lexical": found["mrr_against_lexical"],
+        "steps": {
+            step: {
+                **{name: found[f"{step}/{name}"] for name in names},
+                "against_influence": {name: found[f"{step}/against/{name}"] for name in names},
+            }
+            for step in patches
         },
-        "chosen": tried[best].name,
-        "rules": found,
+        "standing": standings,
+        "at_least_both": {step: value >= 0 for step, value in standings.items()},
     }
 
 

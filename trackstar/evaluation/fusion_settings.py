@@ -23,7 +23,7 @@ class FusionConfig(Settings):
     evaluation: the folder that `eval facts` wrote. lexical, influence: the two methods' names there.
     tail_patch: how lists are judged; its `queries` are evaluated ones, and its greatest depth is the one that counts.
     held_out: so many of the held-out queries decide, drawn by the seed; all if None.
-    decided_by: the step by which the rule is chosen; the first if None.
+    decided_by: the step by which the rule is chosen; all of them, each of which must hold, if None.
     families: which rules are tried (`fusion_rules`). name: of the list that is written.
     """
 
