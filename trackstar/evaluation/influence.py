@@ -21,7 +21,7 @@ Legend: N passages, Q queries, d coordinates of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +35,7 @@ from trackstar.errors import Incompatible, InvalidRequest
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.evaluation.sentences import Sentences
-from trackstar.exact import rank_rows, shard_ids
+from trackstar.exact import exact_scores, rank_rows, shard_ids
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, autocorrelation, mix
 from trackstar.index import Index
 from trackstar.queries import tokenize
@@ -120,6 +120,21 @@ class InfluenceSource:
         if self._train is None:
             self._train = autocorrelation((batch for _, batch in self.rows.batches()), self.index.layout)
         return self._train
+
+    def shards(self, step: str, on_step: OnStep = unheard) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Passage ids [n] and stored rows [n, d] of every shard, without what is deleted.
+
+        Raises:
+            CorruptArtifact: a shard is not what was written.
+        """
+        done = 0
+        for receipt in self.rows.receipts:
+            ids = shard_ids(self.rows, receipt)
+            stored_Nd = self.rows.shard(receipt.shard, verify=True)
+            kept = self.kept_N[ids]
+            yield (ids, stored_Nd) if kept.all() else (ids[kept], stored_Nd[torch.from_numpy(kept)])
+            done += receipt.num_passages
+            on_step(step, done, self.rows.num_passages)
 
     def close(self) -> None:
         """Close the rows' files."""
@@ -218,23 +233,11 @@ class Influence:
             CorruptArtifact: a shard is not what was written.
         """
         source, whitening = self._source, self._whitening
-        rows_Qd, loss_Q = source.encode(queries, self._on_step)
-        dual_Qd = torch.stack(
-            [
-                _ready(query, dual)
-                for query, dual in zip(queries, make_duals(whitening.whitener, rows_Qd, loss_Q), strict=True)
-            ]
-        )
+        dual_Qd = self._duals(queries)
         # The best k sentences are among the best k·w windows, where no sentence has more than w.
         windows = int(np.bincount(source.positions_N).max())
         rankings = [Ranking.empty() for _ in queries]
-        done = 0
-        for receipt in source.rows.receipts:
-            ids = shard_ids(source.rows, receipt)
-            stored_Nd = source.rows.shard(receipt.shard, verify=True)
-            kept = source.kept_N[ids]
-            if not kept.all():
-                ids, stored_Nd = ids[kept], stored_Nd[torch.from_numpy(kept)]
+        for ids, stored_Nd in source.shards(self.name, self._on_step):
             found = rank_rows(
                 stored_Nd,
                 source.positions_N[ids],
@@ -246,12 +249,25 @@ class Influence:
             rankings = [
                 one.merge(other, sign=1.0, k=k * windows) for one, (other,) in zip(rankings, found, strict=True)
             ]
-            done += receipt.num_passages
-            self._on_step(self.name, done, source.rows.num_passages)
         return [
             Retrieval.best_sentences(query.query_id, ranking, k)
             for query, ranking in zip(queries, rankings, strict=True)
         ]
+
+    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """See `method.Scorer`; what is deleted scores 0. Raises as `retrieve`."""
+        dual_Qd = self._duals(queries)
+        scores_NQ = np.zeros((int(self._source.positions_N.max()) + 1, len(queries)), dtype=np.float32)
+        for ids, stored_Nd in self._source.shards(self.name, self._on_step):
+            scores_Qn = exact_scores(dual_Qd, stored_Nd.float(), self._whitening.norms(ids, stored_Nd))
+            np.add.at(scores_NQ, self._source.positions_N[ids], scores_Qn.T)
+        return scores_NQ.T
+
+    def _duals(self, queries: Sequence[Query]) -> Tensor:
+        """R^-1 g of every query, float32 [Q, d]."""
+        rows_Qd, loss_Q = self._source.encode(queries, self._on_step)
+        duals = make_duals(self._whitening.whitener, rows_Qd, loss_Q)
+        return torch.stack([_ready(query, dual) for query, dual in zip(queries, duals, strict=True)])
 
 
 def positions_of(doc_ids: Iterable[str], sentences: Sentences, path: str) -> NDArray[np.int64]:
