@@ -91,7 +91,7 @@ def test_company_changes_no_answer() -> None:
     texts = sentences(40)
     queries = [ask("the red", "cat", "1"), ask("one", "two", "2"), ask("blue", "mat", "3")]
     gold = {query.query_id: (1, 5) for query in queries}
-    methods: list[Method] = [Lexical("l", texts), Random("r", len(texts), seed=3), Gold("g", gold, len(texts))]
+    methods: list[Method] = [Lexical("l", texts), Random("r", len(texts), seed=3), Gold("g", gold)]
     for method in methods:
         together = method.retrieve(queries, 6)
         for query, one in zip(queries, together, strict=True):
@@ -113,7 +113,7 @@ def test_random_is_uniform_and_follows_its_seed() -> None:
 
 
 def test_gold_gives_its_sentences_and_nothing_more() -> None:
-    (found,) = Gold("g", {"q": (8, 2)}, 9).retrieve([ask("p", "t")], 5)
+    (found,) = Gold("g", {"q": (8, 2)}).retrieve([ask("p", "t")], 5)
     assert (found.positions.tolist(), found.scores.tolist()) == ([2, 8], [1.0, 1.0])
 
 

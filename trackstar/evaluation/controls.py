@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.results import Query
@@ -18,9 +17,8 @@ class Gold:
     Its precision at k is below 1 where a fact has fewer than k gold sentences: that is as high as precision can be.
     """
 
-    def __init__(self, name: str, gold: Mapping[str, Sequence[int]], num_sentences: int) -> None:
+    def __init__(self, name: str, gold: Mapping[str, Sequence[int]]) -> None:
         self.name = name
-        self._num_sentences = num_sentences
         self._gold = gold
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Retrieval]:
@@ -30,13 +28,6 @@ class Gold:
             Retrieval.of(query.query_id, positions, np.ones(len(positions)))
             for query, positions in zip(queries, found, strict=True)
         ]
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`: 1 for gold sentences, 0 for all others."""
-        scores_QN = np.zeros((len(queries), self._num_sentences), dtype=np.float32)
-        for scores_N, query in zip(scores_QN, queries, strict=True):
-            scores_N[list(self._gold[query.query_id])] = 1.0
-        return scores_QN
 
 
 class Random:
@@ -52,13 +43,6 @@ class Random:
         count = min(k, self._num_sentences)
         scores = 1.0 - np.arange(count) / max(1, count)
         return [Retrieval.of(query.query_id, self._draw(query, count), scores) for query in queries]
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`: the same order."""
-        scores_QN = np.empty((len(queries), self._num_sentences), dtype=np.float32)
-        for scores_N, found in zip(scores_QN, self.retrieve(queries, self._num_sentences), strict=True):
-            scores_N[found.positions] = found.scores
-        return scores_QN
 
     def _draw(self, query: Query, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         digest = hashlib.sha256(f"{self._seed}:{query.query_id}".encode()).digest()

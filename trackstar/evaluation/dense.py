@@ -6,12 +6,11 @@ embedded and compared with all queries, part by part, so memory does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trackstar.errors import InvalidRequest, NotFound
 from trackstar.evaluation.method import OnStep, text_of, unheard
@@ -74,31 +73,23 @@ class Dense:
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Retrieval]:
         """See `method.Method`."""
+        queries_QD = self._embed([text_of(query) for query in queries])
         rankings = [Ranking.empty() for _ in queries]
-        for start, scores_Qn in self._scores(queries):
-            positions = np.arange(start, start + scores_Qn.shape[1], dtype=np.int64)
+        for start in range(0, len(self._texts), _PART):
+            part = self._texts[start : start + _PART]
+            scores_Qn = queries_QD @ self._embed(part).T
+            positions = np.arange(start, start + len(part), dtype=np.int64)
             rankings = [
                 ranking.merge(best(positions, scores_n, sign=1.0, k=k), sign=1.0, k=k)
                 for ranking, scores_n in zip(rankings, scores_Qn, strict=True)
             ]
+            self._on_step(self.name, start + len(part), len(self._texts))
         return [
             Retrieval.of(query.query_id, ranking.ids, ranking.scores)
             for query, ranking in zip(queries, rankings, strict=True)
         ]
 
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`."""
-        return np.concatenate([scores_Qn for _, scores_Qn in self._scores(queries)], axis=1)
-
-    def _scores(self, queries: Sequence[Query]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Position of the first of a run of sentences, and their scores [Q, n]."""
-        queries_QD = self._embed([text_of(query) for query in queries])
-        for start in range(0, len(self._texts), _PART):
-            part = self._texts[start : start + _PART]
-            yield start, queries_QD @ self._embed(part).T
-            self._on_step(self.name, start + len(part), len(self._texts))
-
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _embed(self, texts: Sequence[str]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         """Unit vectors float32 [N, D]."""
         found = self._model.encode(
             list(texts),

@@ -35,7 +35,7 @@ from trackstar.errors import Incompatible, InvalidRequest
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.evaluation.sentences import Sentences
-from trackstar.exact import exact_scores, rank_rows, shard_ids
+from trackstar.exact import rank_rows, shard_ids
 from trackstar.hessian import Autocorrelation, MixConfig, Whitener, autocorrelation, mix
 from trackstar.index import Index
 from trackstar.queries import tokenize
@@ -253,15 +253,6 @@ class Influence:
             Retrieval.best_sentences(query.query_id, ranking, k)
             for query, ranking in zip(queries, rankings, strict=True)
         ]
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`; what is deleted scores 0. Raises as `retrieve`."""
-        dual_Qd = self._duals(queries)
-        scores_NQ = np.zeros((int(self._source.positions_N.max()) + 1, len(queries)), dtype=np.float32)
-        for ids, stored_Nd in self._source.shards(self.name, self._on_step):
-            scores_Qn = exact_scores(dual_Qd, stored_Nd.float(), self._whitening.norms(ids, stored_Nd))
-            np.add.at(scores_NQ, self._source.positions_N[ids], scores_Qn.T)
-        return scores_NQ.T
 
     def _duals(self, queries: Sequence[Query]) -> Tensor:
         """R^-1 g of every query, float32 [Q, d]."""

@@ -15,9 +15,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trackstar.evaluation.method import OnStep, text_of, unheard
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.results import Query
@@ -69,21 +66,13 @@ class Lexical:
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Retrieval]:
         """See `method.Method`."""
+        import numpy as np
+
         found = []
         for number, query in enumerate(queries, start=1):
-            found.append(Retrieval.best_of(query.query_id, self._scores(query), k))
+            ids = [self._ids[word] for word in words_in(text_of(query), self._stopwords) if word in self._ids]
+            scores_N = self._scorer.get_scores(ids) if ids else np.zeros(self._num_sentences, dtype=np.float32)
+            found.append(Retrieval.best_of(query.query_id, scores_N, k))
             if number % _STEP == 0 or number == len(queries):
                 self._on_step(self.name, number, len(queries))
         return found
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`."""
-        return np.stack([self._scores(query) for query in queries])
-
-    def _scores(self, query: Query) -> NDArray[np.float32]:
-        """Of every sentence, float32 [N]."""
-        ids = [self._ids[word] for word in words_in(text_of(query), self._stopwords) if word in self._ids]
-        if not ids:
-            return np.zeros(self._num_sentences, dtype=np.float32)
-        scores_N: NDArray[np.float32] = self._scorer.get_scores(ids)
-        return scores_N

@@ -1,17 +1,13 @@
 """What is compared: anything that gives sentences for queries.
 
 Contract: a method answers queries in the order given, one `Retrieval` each, of at most k sentences, and the answer to a
-query does not depend on which others are asked with it. Ties follow `retrieval.TIE_RULE`. A method that gives every
-sentence a score is a `Scorer` too; retraining judges those alone.
+query does not depend on which others are asked with it. Ties follow `retrieval.TIE_RULE`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from trackstar.evaluation.retrieval import Retrieval
 from trackstar.results import Query
@@ -33,14 +29,6 @@ class Method(Protocol):
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Retrieval]:
         """The best k sentences of every query."""
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """A method that has a score of every sentence."""
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """Scores [Q, N] of all sentences, higher for what speaks for the target; windows of a sentence are added."""
 
 
 def text_of(query: Query) -> str:

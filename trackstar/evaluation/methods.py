@@ -122,7 +122,7 @@ class MethodMaker:
             case GoldSettings():
                 asked = self._selection.asked
                 gold = {fact.fact_id: fact.gold for fact in asked.facts}
-                return Gold(settings.name, gold, len(texts)), {}
+                return Gold(settings.name, gold), {}
             case RandomSettings():
                 return Random(settings.name, len(texts), seed=settings.seed), {}
             case FusionSettings():

@@ -61,12 +61,12 @@ class TracIn:
             some = queries[start : start + step]
             found += [
                 Retrieval.best_of(query.query_id, scores_N, k)
-                for query, scores_N in zip(some, self.score_all(some), strict=True)
+                for query, scores_N in zip(some, self._scores(some), strict=True)
             ]
         return found
 
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`; what is deleted scores 0. Raises as `retrieve`."""
+    def _scores(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Of all sentences, float32 [Q, N]; what is deleted scores 0."""
         scores_NQ = np.zeros((self._num_sentences, len(queries)), dtype=np.float32)
         for source, weight in zip(self._checkpoints, self._weights, strict=True):
             weighted_Qd = weight * source.encode(queries, self._on_step)[0]

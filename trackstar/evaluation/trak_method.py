@@ -32,7 +32,6 @@ class TrakMethod:
     def __init__(self, trak: Trak, sentences: Sentences, path: str, *, on_step: OnStep = unheard) -> None:
         self.name = trak.name
         self._trak = trak
-        self._num_sentences = len(sentences)
         self._positions_N = positions_of(trak.document_ids().tolist(), sentences, path)
         self._on_step = on_step
 
@@ -49,13 +48,6 @@ class TrakMethod:
             Retrieval.best_sentences(query.query_id, ranking, k)
             for query, ranking in zip(queries, rankings, strict=True)
         ]
-
-    def score_all(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """See `method.Scorer`; what is deleted scores 0. Raises as `Trak.scores`."""
-        scores_NQ = np.zeros((self._num_sentences, len(queries)), dtype=np.float32)
-        for positions_n, scores_Qn in self._scores(queries):
-            np.add.at(scores_NQ, positions_n, scores_Qn.T)
-        return scores_NQ.T
 
     def _scores(self, queries: Sequence[Query]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Positions [n] and scores [Q, n] of windows that are not deleted."""
