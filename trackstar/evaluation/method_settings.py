@@ -89,7 +89,7 @@ class TrakSettings(_Method):
 
 
 class TracInSettings(_Method):
-    """Gradient dot products, added over checkpoints: an index of each, and a weight (its learning rate), 1 by default."""
+    """Gradient dot products, added over checkpoints: an index of each and a weight (its learning rate, or 1)."""
 
     kind: Literal["tracin"]
     indexes: tuple[str, ...] = Field(min_length=1)

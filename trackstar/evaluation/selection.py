@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trackstar.errors import InvalidRequest
-from trackstar.evaluation.config import FactsConfig
+from trackstar.evaluation.config import QueriesConfig
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.store import Asked
 from trackstar.storage import digest_of
@@ -23,7 +23,7 @@ class Selection:
     task: Asked
 
     @classmethod
-    def draw(cls, facts: Sequence[Fact], config: FactsConfig) -> Selection:
+    def draw(cls, facts: Sequence[Fact], config: QueriesConfig) -> Selection:
         """Draw the three.
 
         Raises:
