@@ -239,7 +239,7 @@ def by_hand(experiment: Experiment, kept: Sequence[int], initial: Any) -> list[f
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_run_is_a_plain_loop_over_what_is_kept(fresh: bool, checkpoint: str, tmp_path: Path) -> None:
     experiment = experiment_of(checkpoint, fresh=fresh)
-    initial = retraining._initial_model(load_model(checkpoint), experiment.budget)
+    initial = retraining.initial_model(load_model(checkpoint), experiment.budget)
     runs = [range(12), [0, 2, 3, 7, 11], [5]]
     found = retrain(experiment, runs, tmp_path, LocalEngine())
     expected = [by_hand(experiment, list(kept), initial) for kept in runs]
@@ -251,7 +251,7 @@ def test_a_run_is_a_plain_loop_over_what_is_kept(fresh: bool, checkpoint: str, t
 def test_fresh_weights_follow_the_seed_and_leave_chance_alone(checkpoint: str) -> None:
     state = torch.random.get_rng_state()
     loaded = load_model(checkpoint)
-    models = [retraining._initial_model(loaded, Budget(steps=1, seed=seed)) for seed in (0, 0, 1)]
+    models = [retraining.initial_model(loaded, Budget(steps=1, seed=seed)) for seed in (0, 0, 1)]
     assert torch.equal(torch.random.get_rng_state(), state)
     one, same, other = (next(model.parameters()) for model in models)
     assert torch.equal(one, same)

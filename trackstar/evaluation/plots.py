@@ -5,8 +5,9 @@ Contract: the same results give the same bytes; drawn without a display. Measure
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MEASURES = ("mrr", "recall_at_10", "precision_at_1")
-_INK, _LINE, _FAINT = "#1b2a3a", "#2c6fa6", "#d7dde3"
+INK, LINE, FAINT = "#1b2a3a", "#2c6fa6", "#d7dde3"
 
 
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
     """Write all plots that the results give; returns the files' names."""
+    names = []
+    with drawing():
+        names += save(draw_methods(results), folder / "methods")
+        names += save(draw_groups(results, "bucket", "MRR by frequency of the fact"), folder / "buckets")
+        if results["methods"][0]["by"].get("prediction"):
+            names += save(draw_groups(results, "prediction", "MRR by the model's own answer"), folder / "predictions")
+    return names
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """How all plots are drawn, so that the same results give the same bytes."""
     import matplotlib
 
     # Ids in SVG files are random without a salt.
-    settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": _INK}
-    names = []
+    settings: Any = {"svg.hashsalt": "trackstar", "svg.fonttype": "path", "font.size": 10, "text.color": INK}
     with matplotlib.rc_context(settings):
-        names += _save(draw_methods(results), folder / "methods")
-        names += _save(draw_groups(results, "bucket", "MRR by frequency of the fact"), folder / "buckets")
-        if results["methods"][0]["by"].get("prediction"):
-            names += _save(draw_groups(results, "prediction", "MRR by the model's own answer"), folder / "predictions")
-    return names
+        yield
 
 
 def draw_methods(results: Mapping[str, Any]) -> Figure:
@@ -50,15 +58,15 @@ def draw_methods(results: Mapping[str, Any]) -> Figure:
         numbers = [item["overall"][name] for item in methods]
         means = np.array([item["mean"] for item in numbers])
         ends = np.array([[item["mean"] - item["low"], item["high"] - item["mean"]] for item in numbers]).T
-        panel.errorbar(means, places, xerr=ends.clip(min=0), fmt="o", color=_LINE, ecolor=_LINE, capsize=3, ms=5)
+        panel.errorbar(means, places, xerr=ends.clip(min=0), fmt="o", color=LINE, ecolor=LINE, capsize=3, ms=5)
         for mean, place in zip(means, places, strict=True):
             panel.annotate(
                 f"{mean:.3f}", (mean, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7.5
             )
         panel.set_title(title_of(name), fontsize=11)
         panel.set_xlim(-0.04, 1.04)
-        panel.grid(axis="x", color=_FAINT)
-        panel.grid(axis="y", color=_FAINT, linewidth=0.5)
+        panel.grid(axis="x", color=FAINT)
+        panel.grid(axis="y", color=FAINT, linewidth=0.5)
         panel.set_axisbelow(True)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
@@ -81,7 +89,7 @@ def draw_groups(results: Mapping[str, Any], group: str, title: str) -> Figure:
     panel.imshow(values, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
-        colour = "white" if value > 0.75 else _INK
+        colour = "white" if value > 0.75 else INK
         panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
     panel.set_xticks(range(len(counts)), [f"{label}\n({count:,})" for label, count in counts.items()])
     panel.set_yticks(range(len(methods)), [item["name"] for item in methods])
@@ -101,7 +109,8 @@ def _caption(results: Mapping[str, Any]) -> str:
     )
 
 
-def _save(figure: Figure, stem: Path) -> list[str]:
+def save(figure: Figure, stem: Path) -> list[str]:
+    """Write a figure as PNG and SVG; returns the files' names."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         data = io.BytesIO()
         figure.savefig(data, format=suffix[1:], dpi=150, metadata=metadata)

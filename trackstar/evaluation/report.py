@@ -20,7 +20,7 @@ from trackstar.evaluation.measures import measure_names, title_of
 
 _TABLE_MEASURES = ("mrr", "recall_at_10", "precision_at_1", "precision_at_10", "map")
 # Relations of fewer queries are in results.json alone.
-_TABLE_RELATIONS, _TABLE_QUERIES = 12, 10
+TABLE_RELATIONS, TABLE_QUERIES = 12, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +62,34 @@ def summarise(
     values_QM: NDArray[np.float64], groups: Sequence[Grouping], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Means and intervals of one method's measures [Q, M], overall and by group."""
+    return parted(values_QM, groups, bootstrap, measure_names(depths))
+
+
+def parted(
+    values_QM: NDArray[np.float64], groups: Sequence[Grouping], bootstrap: Bootstrap, names: Sequence[str]
+) -> dict[str, Any]:
+    """Means and intervals of any measures [Q, M] by their names, overall and by group."""
     by_group: dict[str, Any] = {}
     for group in groups:
         labels = np.array(group.labels)
         by_group[group.name] = [
-            {"label": label, **_numbers(values_QM[labels == label], bootstrap, depths)} for label in group.order
+            {"label": label, **numbers(values_QM[labels == label], bootstrap, names)} for label in group.order
         ]
-    return {"overall": _numbers(values_QM, bootstrap, depths), "by": by_group}
+    return {"overall": numbers(values_QM, bootstrap, names), "by": by_group}
 
 
 def difference(
     values_QM: NDArray[np.float64], others_QM: NDArray[np.float64], bootstrap: Bootstrap, depths: Sequence[int]
 ) -> dict[str, Any]:
     """Paired differences of two methods on the same queries, with intervals."""
-    return _numbers(values_QM - others_QM, bootstrap, depths)
+    return numbers(values_QM - others_QM, bootstrap, measure_names(depths))
 
 
-def _numbers(values_QM: NDArray[np.float64], bootstrap: Bootstrap, depths: Sequence[int]) -> dict[str, Any]:
+def numbers(values_QM: NDArray[np.float64], bootstrap: Bootstrap, names: Sequence[str]) -> dict[str, Any]:
+    """Means and intervals of measures [Q, M] by their names."""
     means_M, ends = values_QM.mean(axis=0), bootstrap.interval(values_QM)
     found: dict[str, Any] = {"queries": len(values_QM)}
-    for number, name in enumerate(measure_names(depths)):
+    for number, name in enumerate(names):
         low, high = ends[:, number]
         found[name] = {"mean": float(means_M[number]), "low": float(low), "high": float(high)}
     return found
@@ -98,18 +106,18 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"sentences; rankings end at {about['k']:,}. Gold by {about['gold_source']}; {_agreement(about)}.",
         f"In brackets: {about['level']:.0%} bootstrap intervals over queries. Ties: {about['ties']}.",
         "",
-        *_table(["method", *(title_of(name) for name in measures)], _overall_rows(methods, measures)),
+        *table(["method", *(title_of(name) for name in measures)], _overall_rows(methods, measures)),
     ]
     for group, title in (("bucket", "frequency"), ("prediction", "the model's own answer"), ("relation", "relation")):
         found = methods[0]["by"].get(group, [])
         if group == "relation":
-            found = [part for part in found if part["queries"] >= _TABLE_QUERIES][:_TABLE_RELATIONS]
+            found = [part for part in found if part["queries"] >= TABLE_QUERIES][:TABLE_RELATIONS]
         if not found:
             continue
         head = ["method", *(f"{part['label']} ({part['queries']:,})" for part in found)]
         # Groups stand in the same order for every method.
         rows = [[item["name"], *(_mean(part["mrr"]) for part in item["by"][group][: len(found)])] for item in methods]
-        lines += ["", f"## MRR by {title}", "Numbers of queries stand in parentheses.", "", *_table(head, rows)]
+        lines += ["", f"## MRR by {title}", "Numbers of queries stand in parentheses.", "", *table(head, rows)]
     if fitted := [(item["name"], item["fitted"]) for item in methods if item["fitted"]]:
         lines += ["", "## Fitted", *(f"- {name}: {_fitted(values)}" for name, values in fitted)]
     return "\n".join(lines) + "\n"
@@ -127,10 +135,11 @@ def _agreement(about: Mapping[str, Any]) -> str:
 
 
 def _overall_rows(methods: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> list[list[str]]:
-    return [[item["name"], *(_with_interval(item["overall"][name]) for name in measures)] for item in methods]
+    return [[item["name"], *(with_interval(item["overall"][name]) for name in measures)] for item in methods]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in escaped]
     return [lines[0], f"| {' | '.join(['---'] * len(head))} |", *lines[1:]]
@@ -140,7 +149,8 @@ def _mean(numbers: Mapping[str, float]) -> str:
     return _short(numbers["mean"])
 
 
-def _with_interval(numbers: Mapping[str, float]) -> str:
+def with_interval(numbers: Mapping[str, float]) -> str:
+    """A mean and its interval, for tables."""
     return f"{_short(numbers['mean'])} [{_short(numbers['low'])}, {_short(numbers['high'])}]"
 
 
