@@ -63,6 +63,48 @@ def facts(
 
 
 @evaluation.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plot, retrievals and indexes.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Measure influence against the size d of its rows, training steps and model size, building every index."""
+    from trackstar.evaluation.ablate_config import AblateConfig
+    from trackstar.evaluation.config import make_config
+    from trackstar.index_config import read_config
+
+    content = read_config(config)
+    settings = make_config(AblateConfig, content if seed is None else {**content, "seed": seed})
+    from trackstar.evaluation.ablate_run import evaluate_ablation
+
+    quieten()
+    console = Console(stderr=True)
+    with StepProgress(console) as progress:
+        results = evaluate_ablation(
+            settings,
+            out,
+            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step)),
+        )
+    if as_json:
+        print_json(results)
+    else:
+        _show_ablation(Console(), results)
+    console.print(f"results, tables, plot and retrievals are in {out}", highlight=False)
+
+
+def _show_ablation(console: Console, results: dict[str, Any]) -> None:
+    table = Table(title=None, show_edge=False)
+    for head in ("axis", "at", "MRR", "answered rightly"):
+        table.add_column(head, justify="left" if head == "axis" else "right")
+    for panel in results["axes"]:
+        for point in panel["points"]:
+            mrr, accuracy = _text(point["quality"]["mrr"]), _text(point["accuracy"])
+            table.add_row(panel["axis"], f"{point['at']:,}", mrr, accuracy)
+    console.print(table)
+
+
+@evaluation.command()
 def lds(
     config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
     out: Annotated[Path, typer.Option(help="Folder for results, tables, plots, retrievals, model and indexes.")],
