@@ -159,6 +159,21 @@ class Build:
         Raises:
             TrackstarError: see the modules; nothing that was finished before is lost.
         """
+        task = self.encode(verify=verify)
+        spec, excluded = self._spec(task)
+        home = self.root / "generations" / spec.name
+        if not (home / "generation.json").is_file():
+            start_generation(home, spec, excluded)
+            self._whiten(home, spec, task)
+            self._code(home, spec)
+        return spec.name
+
+    def encode(self, *, verify: bool = False) -> Sequence[Example]:
+        """Make all rows, or finish making them; returns the task queries that a generation on them is to be mixed with.
+
+        Args, Raises:
+            as `run`.
+        """
         self._prepare()
         # Read before anything expensive, so that a bad query file is known at once.
         task = self._task_examples()
@@ -169,13 +184,7 @@ class Build:
             plan = self._plan(number, corpus, first_shard, first_passage)
             self._encode(number, corpus, plan)
             first_shard, first_passage = first_shard + len(plan.runs), first_passage + plan.num_passages
-        spec, excluded = self._spec(task)
-        home = self.root / "generations" / spec.name
-        if not (home / "generation.json").is_file():
-            start_generation(home, spec, excluded)
-            self._whiten(home, spec, task)
-            self._code(home, spec)
-        return spec.name
+        return task
 
     def _prepare(self) -> None:
         self.progress.start("preparing", 0, None, unit="models")
@@ -501,6 +510,23 @@ def build_index(
         if config.activate:
             Index(root).catalog.activate(name)
     return generation
+
+
+def build_rows(config: IndexConfig, out: str | Location, *, progress: Progress | None = None) -> None:
+    """Build, or finish building, an index's rows and nothing else: for whoever reads all rows and fits R on its own.
+
+    Args:
+        config: what to build; its mix, code and audit are of no account.
+        out: the index folder, or the URL of one in an object store.
+        progress: hears how far it is.
+
+    Raises:
+        TrackstarError: see the modules; nothing that was finished before is lost.
+        NotReady: another process builds there.
+    """
+    root = location(out)
+    with writing(root):
+        Build(config, root, engine=LocalEngine(), progress=progress or Silent()).encode()
 
 
 def _audit(config: AuditConfig, generation: Generation, progress: Progress) -> None:

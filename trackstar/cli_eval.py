@@ -7,6 +7,7 @@ there is used again by the same command.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trackstar.cli_index import print_json, quieten
+from trackstar.errors import InvalidRequest
 from trackstar.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ _UNITS = {
     "judging": "pairs",
     "reading targets": "targets",
     "tail-patching": "passages",
+    "training": "steps",
+    "retraining": "runs",
 }
 
 _Config = Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")]
@@ -231,6 +235,103 @@ def _show_categories(console: Console, results: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for item in results["methods"]:
         table.add_row(item["name"], *(_text(item["categories"][name]) for name in CATEGORIES))
+
+
+@evaluation.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plot, retrievals and indexes.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Measure influence against the size d of its rows, training steps and model size, building every index."""
+    from trackstar.evaluation.ablate_config import AblateConfig
+    from trackstar.evaluation.config import make_config
+    from trackstar.index_config import read_config
+
+    content = read_config(config)
+    settings = make_config(AblateConfig, content if seed is None else {**content, "seed": seed})
+    from trackstar.evaluation.ablate_run import evaluate_ablation
+
+    quieten()
+    console = Console(stderr=True)
+    with StepProgress(console) as progress:
+        results = evaluate_ablation(
+            settings,
+            out,
+            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step)),
+        )
+    if as_json:
+        print_json(results)
+    else:
+        _show_ablation(Console(), results)
+    console.print(f"results, tables, plot and retrievals are in {out}", highlight=False)
+
+
+def _show_ablation(console: Console, results: dict[str, Any]) -> None:
+    table = Table(title=None, show_edge=False)
+    for head in ("axis", "at", "MRR", "answered rightly"):
+        table.add_column(head, justify="left" if head == "axis" else "right")
+    for panel in results["axes"]:
+        for point in panel["points"]:
+            mrr, accuracy = _text(point["quality"]["mrr"]), _text(point["accuracy"])
+            table.add_row(panel["axis"], f"{point['at']:,}", mrr, accuracy)
+    console.print(table)
+
+
+@evaluation.command()
+def lds(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots, retrievals, model and indexes.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries, passages and subsets by another seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+) -> None:
+    """Retrain a small model without some of its passages, and measure which method's scores foretell what that does."""
+    from trackstar.evaluation.config import make_config
+    from trackstar.evaluation.lds_config import LdsConfig
+    from trackstar.index_config import read_config
+
+    content = read_config(config)
+    settings = make_config(LdsConfig, content if seed is None else {**content, "seed": seed})
+    from trackstar.evaluation.lds_run import evaluate_lds
+
+    quieten()
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as held:
+        progress = held.enter_context(StepProgress(console))
+        engine = held.enter_context(_ray(settings.workers)) if settings.engine == "ray" else None
+        results = evaluate_lds(
+            settings,
+            out,
+            engine=engine,
+            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")),
+        )
+    if as_json:
+        print_json(results)
+    else:
+        _show_retraining(Console(), results)
+    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+
+
+def _ray(workers: int) -> Any:
+    """Ray as an engine, for as long as a block runs; it comes with the services, which need not be installed."""
+    try:
+        ray_cluster = importlib.import_module("services.reindex.ray_cluster")
+    except ImportError as error:
+        raise InvalidRequest("the engine ray needs the package ray and the services; use the engine local") from error
+    return ray_cluster.engine(workers)
+
+
+def _show_retraining(console: Console, results: dict[str, Any]) -> None:
+    deepest = results["methods"][0]["removals"][-1]["depth"]
+    table = Table(title=None, show_edge=False)
+    table.add_column("method")
+    for head in ("LDS", f"loss rise without first {deepest}", "MRR"):
+        table.add_column(head, justify="right")
+    for item in results["methods"]:
+        table.add_row(
+            item["name"], *(_text(found) for found in (item["lds"], item["removals"][-1]["rise"], item["mrr"]))
+        )
     console.print(table)
 
 

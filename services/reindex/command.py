@@ -6,18 +6,11 @@ and ends with the command.
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import ray
 from rich.console import Console
 
 from services.gateway.coarse_milvus import connect
@@ -25,17 +18,15 @@ from services.reindex.config import ReindexConfig
 from services.reindex.job import Outcome, run_job
 from services.reindex.metrics import RayProgressMetrics
 from services.reindex.progress import JobReporter
+from services.reindex.ray_cluster import cluster
 from trackstar.blobs import location
 from trackstar.build import Silent
 from trackstar.corpus import Corpus
-from trackstar.errors import NotReady, TrackstarError
+from trackstar.errors import TrackstarError
 from trackstar.jobs import JobStore
 from trackstar.progress import StepProgress
 from trackstar.queries import read_queries
 from trackstar.runs import load_plan
-
-# The object store holds numbers of items and answers, nothing large.
-_OBJECT_STORE_BYTES = 256 << 20
 
 
 def reindex(config: ReindexConfig, *, job_id: str = "") -> Outcome:
@@ -57,7 +48,7 @@ def reindex(config: ReindexConfig, *, job_id: str = "") -> Outcome:
     with ExitStack() as held:
         progress = held.enter_context(StepProgress(Console(stderr=True)))
         held.enter_context(_ending())
-        held.enter_context(_cluster(config))
+        held.enter_context(cluster(config.ray_address))
         reporter = JobReporter(store, job_id, progress, metrics=RayProgressMetrics())
         try:
             found = run_job(config, reporter)
@@ -78,40 +69,6 @@ def _look(config: ReindexConfig) -> None:
         read_queries(config.build.task_queries)
     if config.build.code.store == "milvus":
         connect(config.milvus).close()
-
-
-@contextmanager
-def _cluster(config: ReindexConfig) -> Iterator[None]:
-    """Ray for as long as the block runs."""
-    address = config.ray_address or os.environ.get("RAY_ADDRESS") or None
-    # What Ray says of its own work is no news to whoever looks at the job's progress; warnings of it are in its logs.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    options: Any = {"log_to_driver": False, "configure_logging": False}
-    if address is not None:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NotReady(f"there is no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    # Sockets lie in it, and their paths must be short.
-    folder = tempfile.mkdtemp(prefix="ts", dir="/tmp" if Path("/tmp").is_dir() else None)
-    try:
-        ray.init(
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=folder,
-            **options,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from trackstar.encode import Example
 from trackstar.engine import LocalEngine
 from trackstar.errors import CorruptArtifact, InvalidRequest
 from trackstar.evaluation import retraining
+from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.lds import (
-    bootstrap,
     datamodeling_score,
     draw_subsets,
     loss_rises,
@@ -63,6 +63,7 @@ def test_correlations_are_those_of_scipy(num_subsets: int, seed: int, levels: in
 
 N, Q = 30, 6
 MASKS = draw_subsets(N, count=40, seed=1)
+FEW = Bootstrap(resamples=5)
 
 
 def linear_model() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -83,21 +84,21 @@ def linear_model() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def test_a_linear_model_is_predicted_by_its_own_datamodel() -> None:
     worth_QN, losses_SQ = linear_model()
     scores = worth_QN.astype(np.float32)
-    found = datamodeling_score(scores, MASKS, losses_SQ, resamples=50)
+    found = datamodeling_score(scores, MASKS, losses_SQ, bootstrap=Bootstrap(resamples=50))
     np.testing.assert_allclose(found.values_Q, 1.0, atol=1e-3)
-    assert found.over_queries.mean == pytest.approx(1.0, abs=1e-3)
-    np.testing.assert_allclose(datamodeling_score(-scores, MASKS, losses_SQ, resamples=5).values_Q, -1.0, atol=1e-3)
+    assert found.over_queries["mean"] == pytest.approx(1.0, abs=1e-3)
+    np.testing.assert_allclose(datamodeling_score(-scores, MASKS, losses_SQ, bootstrap=FEW).values_Q, -1.0, atol=1e-3)
     # Only the order counts, and a passage that every subset has or lacks tells nothing.
     np.testing.assert_array_equal(
-        datamodeling_score(4 * scores, MASKS, losses_SQ, resamples=5).values_Q, found.values_Q
+        datamodeling_score(4 * scores, MASKS, losses_SQ, bootstrap=FEW).values_Q, found.values_Q
     )
-    nothing = datamodeling_score(np.zeros_like(scores), MASKS, losses_SQ, resamples=5)
+    nothing = datamodeling_score(np.zeros_like(scores), MASKS, losses_SQ, bootstrap=FEW)
     assert nothing.values_Q.tolist() == [0.0] * Q
     # Half of the passages known, half guessed as 0: of half the variance, so about the root of a half.
     half = np.where(np.arange(N) < N // 2, scores, 0)
-    assert 0.4 < datamodeling_score(half, MASKS, losses_SQ, resamples=5).over_queries.mean < 0.95
+    assert 0.4 < datamodeling_score(half, MASKS, losses_SQ, bootstrap=FEW).over_queries["mean"] < 0.95
     noise = np.random.default_rng(9).normal(size=(Q, N)).astype(np.float32)
-    assert abs(datamodeling_score(noise, MASKS, losses_SQ, resamples=5).over_queries.mean) < 0.25
+    assert abs(datamodeling_score(noise, MASKS, losses_SQ, bootstrap=FEW).over_queries["mean"]) < 0.25
 
 
 def test_scores_may_come_in_pieces() -> None:
@@ -112,14 +113,19 @@ def test_scores_may_come_in_pieces() -> None:
 def test_intervals_hold_the_mean_and_come_out_the_same_twice() -> None:
     worth_QN, losses_SQ = linear_model()
     noisy = (worth_QN + np.random.default_rng(4).normal(size=worth_QN.shape)).astype(np.float32)
-    one, two = (datamodeling_score(noisy, MASKS, losses_SQ, resamples=200, seed=3) for _ in range(2))
+    one, two = (
+        datamodeling_score(noisy, MASKS, losses_SQ, bootstrap=Bootstrap(resamples=200, seed=3)) for _ in range(2)
+    )
     assert (one.over_queries, one.over_subsets) == (two.over_queries, two.over_subsets)
-    assert one.over_queries.low < one.over_queries.mean < one.over_queries.high
-    assert one.over_subsets.low < one.over_subsets.high
-    assert one.over_subsets.mean == one.over_queries.mean == pytest.approx(one.values_Q.mean())
-    assert bootstrap(np.full(9, 2.5)).low == bootstrap(np.full(9, 2.5)).high == 2.5
-    wide, narrow = (bootstrap(np.random.default_rng(0).normal(size=size)) for size in (20, 2000))
-    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    assert one.over_queries["low"] < one.over_queries["mean"] < one.over_queries["high"]
+    assert one.over_subsets["low"] < one.over_subsets["high"]
+    assert one.over_subsets["mean"] == one.over_queries["mean"] == pytest.approx(one.values_Q.mean())
+    means = [float(noisy[:, drawn].mean()) for drawn in (np.arange(N), np.full(N, 3))]
+    given = Bootstrap(resamples=100).statistic(lambda drawn: float(noisy[:, drawn].mean()), N)
+    assert given["mean"] == means[0]
+    assert given["low"] < means[0] < given["high"]
+    alike = Bootstrap(resamples=100).numbers(noisy.mean(0, dtype=np.float64))
+    assert given == pytest.approx(alike, rel=1e-5)
 
 
 def test_subsets_are_of_one_size_and_drawn_alike_whatever_their_number() -> None:
@@ -233,7 +239,7 @@ def by_hand(experiment: Experiment, kept: Sequence[int], initial: Any) -> list[f
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_run_is_a_plain_loop_over_what_is_kept(fresh: bool, checkpoint: str, tmp_path: Path) -> None:
     experiment = experiment_of(checkpoint, fresh=fresh)
-    initial = retraining._initial_model(load_model(checkpoint), experiment.budget)
+    initial = retraining.initial_model(load_model(checkpoint), experiment.budget)
     runs = [range(12), [0, 2, 3, 7, 11], [5]]
     found = retrain(experiment, runs, tmp_path, LocalEngine())
     expected = [by_hand(experiment, list(kept), initial) for kept in runs]
@@ -245,7 +251,7 @@ def test_a_run_is_a_plain_loop_over_what_is_kept(fresh: bool, checkpoint: str, t
 def test_fresh_weights_follow_the_seed_and_leave_chance_alone(checkpoint: str) -> None:
     state = torch.random.get_rng_state()
     loaded = load_model(checkpoint)
-    models = [retraining._initial_model(loaded, Budget(steps=1, seed=seed)) for seed in (0, 0, 1)]
+    models = [retraining.initial_model(loaded, Budget(steps=1, seed=seed)) for seed in (0, 0, 1)]
     assert torch.equal(torch.random.get_rng_state(), state)
     one, same, other = (next(model.parameters()) for model in models)
     assert torch.equal(one, same)
@@ -382,8 +388,8 @@ def test_the_judge_from_end_to_end(checkpoint: str, tmp_path: Path) -> None:
     whole = retrain(experiment, [range(12)], tmp_path, engine)[0]
     without = [[other for other in range(12) if other != number] for number in range(12)]
     scores = (retrain(experiment, without, tmp_path, engine) - whole).T.astype(np.float32)
-    found = datamodeling_score(scores, masks, losses, resamples=100)
-    assert found.over_queries.mean > 0.3
+    found = datamodeling_score(scores, masks, losses, bootstrap=Bootstrap(resamples=100))
+    assert found.over_queries["mean"] > 0.3
     ids = [f"d{number}" for number in range(12)]
     lists = {
         "best": [[ids[number] for number in np.argsort(-scores_N)] for scores_N in scores],

@@ -13,7 +13,7 @@ Contract: unknown keys and values out of range are refused in one sentence that 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -37,16 +37,15 @@ class PredictionSettings(Settings):
     max_new_tokens: int = Field(default=16, ge=1, le=256)
 
 
-class FactsConfig(Settings):
-    """Everything that determines an evaluation of facts. Unknown keys are refused.
+class QueriesConfig(Settings):
+    """What is asked, of which corpus, and how it is measured.
 
     facts: the facts file. corpus: the sentences, as of `index`. gold: where gold sentences come from; see `facts`.
     prompt: which of the templates prompt0 … prompt2 is asked.
     queries: facts that are evaluated, drawn by `seed`; all that the next two leave if None. held_out: facts that only
     fusions are fitted on. task_queries: facts that only task mixes are made of. No fact is in two of these.
     k: depth of the rankings. depths: the k of Recall@k and the like. bucket_starts: lowest frequencies of the buckets.
-    resamples: of the bootstrap. predictions: the model whose answers are right or wrong; the facts' own `is_8b_correct`
-    if None. tail_patch: judge every method's lists by tail-patch too.
+    resamples: of the bootstrap.
     """
 
     facts: str
@@ -61,6 +60,25 @@ class FactsConfig(Settings):
     depths: tuple[int, ...] = Field(default=DEPTHS, min_length=1)
     bucket_starts: tuple[int, ...] = Field(default=BUCKET_STARTS, min_length=1)
     resamples: int = Field(default=2000, ge=100, le=100_000)
+
+    @model_validator(mode="after")
+    def _check_depths(self) -> Self:
+        if any(depth < 1 or depth > self.k for depth in self.depths):
+            raise ValueError(f"depths must lie between 1 and k, which is {self.k}")
+        if list(self.depths) != sorted(set(self.depths)):
+            raise ValueError("depths must ascend")
+        if self.bucket_starts[0] < 1 or list(self.bucket_starts) != sorted(set(self.bucket_starts)):
+            raise ValueError("bucket_starts must ascend from 1 or more")
+        return self
+
+
+class FactsConfig(QueriesConfig):
+    """Everything that determines an evaluation of facts. Unknown keys are refused.
+
+    predictions: the model whose answers are right or wrong; the facts' own `is_8b_correct` if None. tail_patch: judge
+    every method's lists by tail-patch too.
+    """
+
     predictions: PredictionSettings | None = None
     tail_patch: TailPatchSettings | None = None
     methods: tuple[MethodSettings, ...]
@@ -68,13 +86,7 @@ class FactsConfig(Settings):
     _some = field_validator("methods", mode="before")(some_methods)
 
     @model_validator(mode="after")
-    def _check(self) -> FactsConfig:
-        if any(depth < 1 or depth > self.k for depth in self.depths):
-            raise ValueError(f"depths must lie between 1 and k, which is {self.k}")
-        if list(self.depths) != sorted(set(self.depths)):
-            raise ValueError("depths must ascend")
-        if self.bucket_starts[0] < 1 or list(self.bucket_starts) != sorted(set(self.bucket_starts)):
-            raise ValueError("bucket_starts must ascend from 1 or more")
+    def _check(self) -> Self:
         if self.tail_patch is not None and self.tail_patch.depths[-1] > self.k:
             raise ValueError(f"the depths of tail_patch must be at most k, which is {self.k}")
         check_methods(self.methods, held_out=self.held_out, task_queries=self.task_queries)

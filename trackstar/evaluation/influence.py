@@ -21,7 +21,7 @@ Legend: N passages, Q queries, d coordinates of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,6 +126,21 @@ class InfluenceSource:
             self._train = autocorrelation((batch for _, batch in self.rows.batches()), self.index.layout)
         return self._train
 
+    def shards(self, step: str, on_step: OnStep = unheard) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Passage ids [n] and stored rows [n, d] of every shard, without what is deleted.
+
+        Raises:
+            CorruptArtifact: a shard is not what was written.
+        """
+        done = 0
+        for receipt in self.rows.receipts:
+            ids = shard_ids(self.rows, receipt)
+            stored_Nd = self.rows.shard(receipt.shard, verify=True)
+            kept = self.kept_N[ids]
+            yield (ids, stored_Nd) if kept.all() else (ids[kept], stored_Nd[torch.from_numpy(kept)])
+            done += receipt.num_passages
+            on_step(step, done, self.rows.num_passages)
+
     def close(self) -> None:
         """Close the rows' files."""
         self.rows.close()
@@ -223,23 +238,11 @@ class Influence:
             CorruptArtifact: a shard is not what was written.
         """
         source, whitening = self._source, self._whitening
-        rows_Qd, loss_Q = source.encode(queries, self._on_step)
-        dual_Qd = torch.stack(
-            [
-                _ready(query, dual)
-                for query, dual in zip(queries, make_duals(whitening.whitener, rows_Qd, loss_Q), strict=True)
-            ]
-        )
+        dual_Qd = self._duals(queries)
         # The best k sentences are among the best k·w windows, where no sentence has more than w.
         windows = int(np.bincount(source.positions_N).max())
         rankings = [Ranking.empty() for _ in queries]
-        done = 0
-        for receipt in source.rows.receipts:
-            ids = shard_ids(source.rows, receipt)
-            stored_Nd = source.rows.shard(receipt.shard, verify=True)
-            kept = source.kept_N[ids]
-            if not kept.all():
-                ids, stored_Nd = ids[kept], stored_Nd[torch.from_numpy(kept)]
+        for ids, stored_Nd in source.shards(self.name, self._on_step):
             found = rank_rows(
                 stored_Nd,
                 source.positions_N[ids],
@@ -251,12 +254,16 @@ class Influence:
             rankings = [
                 one.merge(other, sign=1.0, k=k * windows) for one, (other,) in zip(rankings, found, strict=True)
             ]
-            done += receipt.num_passages
-            self._on_step(self.name, done, source.rows.num_passages)
         return [
             Retrieval.best_sentences(query.query_id, ranking, k)
             for query, ranking in zip(queries, rankings, strict=True)
         ]
+
+    def _duals(self, queries: Sequence[Query]) -> Tensor:
+        """R^-1 g of every query, float32 [Q, d]."""
+        rows_Qd, loss_Q = self._source.encode(queries, self._on_step)
+        duals = make_duals(self._whitening.whitener, rows_Qd, loss_Q)
+        return torch.stack([_ready(query, dual) for query, dual in zip(queries, duals, strict=True)])
 
 
 def positions_of(doc_ids: Iterable[str], sentences: Sentences, path: str) -> NDArray[np.int64]:

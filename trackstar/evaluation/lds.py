@@ -10,7 +10,7 @@ apart (all zero, as of a lexical method that shares no word) correlates with not
 Queries are resampled for an interval of the mean over queries. All queries share the same subsets, so that interval
 says nothing of what other subsets would have given; a second one resamples the subsets. Both keep the other fixed.
 
-Legend: N passages, n of them at once, Q queries, S subsets, R resamples.
+Legend: N passages, n of them at once, Q queries, S subsets, R runs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trackstar.errors import InvalidRequest
+from trackstar.evaluation.intervals import Bootstrap, Numbers
 from trackstar.evaluation.tail_patch_judge import Lists
 
 # Scores float32 [Q, N] of all passages, or pieces of them: the first passage's number and scores [Q, n].
 AllScores = NDArray[np.float32] | Iterable[tuple[int, NDArray[np.float32]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean, and the 95 % percentile bootstrap interval around it."""
-
-    mean: float
-    low: float
-    high: float
+DEFAULT_BOOTSTRAP = Bootstrap(resamples=1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,8 +35,8 @@ class DatamodelingScore:
     """LDS of one method: values float64 [Q], their mean with its interval over queries, and that over subsets."""
 
     values_Q: NDArray[np.float64]
-    over_queries: Interval
-    over_subsets: Interval
+    over_queries: Numbers
+    over_subsets: Numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,8 +100,7 @@ def datamodeling_score(
     masks_SN: NDArray[np.bool_],
     losses_SQ: NDArray[np.float64],
     *,
-    resamples: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> DatamodelingScore:
     """LDS of a method.
 
@@ -116,8 +108,7 @@ def datamodeling_score(
         scores: its scores of all passages; higher for those that lower the query's loss.
         masks_SN: the subsets.
         losses_SQ: losses of the queries after training on each (`retraining.retrain`).
-        resamples: of each bootstrap.
-        seed: of the bootstrap.
+        bootstrap: how both intervals are made.
 
     Raises:
         InvalidRequest: the shapes do not fit, or as `subset_sums`.
@@ -129,16 +120,14 @@ def datamodeling_score(
             f"{sums_SQ.shape[1]} queries for {sums_SQ.shape[0]} subsets"
         )
     values_Q = spearman(sums_SQ, -losses_SQ)
-    generator = np.random.default_rng(seed)
-    num_subsets = len(masks_SN)
-    resampled = np.empty(resamples)
-    for number in range(resamples):
-        drawn_S = generator.integers(0, num_subsets, num_subsets)
-        resampled[number] = spearman(sums_SQ[drawn_S], -losses_SQ[drawn_S]).mean()
+
+    def over(drawn_S: NDArray[np.int64]) -> float:
+        return float(spearman(sums_SQ[drawn_S], -losses_SQ[drawn_S]).mean())
+
     return DatamodelingScore(
         values_Q=values_Q,
-        over_queries=bootstrap(values_Q, resamples=resamples, seed=seed),
-        over_subsets=_interval(float(values_Q.mean()), resampled),
+        over_queries=bootstrap.numbers(values_Q),
+        over_subsets=bootstrap.statistic(over, len(masks_SN)),
     )
 
 
@@ -166,13 +155,6 @@ def mean_ranks(values_SQ: NDArray[np.float64]) -> NDArray[np.float64]:
     ranks_SQ = np.empty(values_SQ.shape)
     np.put_along_axis(ranks_SQ, order_SQ, (first_SQ + last_SQ) / 2, axis=0)
     return ranks_SQ
-
-
-def bootstrap(values_Q: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Mean of the values and its interval over them."""
-    generator = np.random.default_rng(seed)
-    drawn_RQ = generator.integers(0, len(values_Q), (resamples, len(values_Q)))
-    return _interval(float(values_Q.mean()), values_Q[drawn_RQ].mean(axis=1))
 
 
 def plan_removals(
@@ -229,8 +211,3 @@ def loss_rises(removal: Removal, losses_RQ: NDArray[np.float64], whole_Q: NDArra
     own_Q: NDArray[np.float64] = losses_RQ[removal.run_Q, np.arange(len(removal.run_Q))]
     rises_Q: NDArray[np.float64] = own_Q - whole_Q
     return rises_Q
-
-
-def _interval(mean: float, resampled_R: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(resampled_R, [2.5, 97.5]).tolist()
-    return Interval(mean=mean, low=low, high=high)

@@ -78,6 +78,32 @@ class InfluenceSettings(_Method):
         return self.mix is not None and self.mix.kind == "task"
 
 
+class TrakSettings(_Method):
+    """TRAK over indexes of the margin, one for each checkpoint; `damping` and `blockwise` as of `trak`."""
+
+    kind: Literal["trak"]
+    indexes: tuple[str, ...] = Field(min_length=1)
+    damping: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    blockwise: bool = False
+    device: str = "cpu"
+
+
+class TracInSettings(_Method):
+    """Gradient dot products, added over checkpoints: an index of each and a weight (its learning rate, or 1)."""
+
+    kind: Literal["tracin"]
+    indexes: tuple[str, ...] = Field(min_length=1)
+    weights: tuple[float, ...] | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> TracInSettings:
+        if self.weights is not None and len(self.weights) != len(self.indexes):
+            raise ValueError(f"give a weight for each of the {len(self.indexes)} indexes, not {len(self.weights)}")
+        return self
+
+
 class GoldSettings(_Method):
     """The gold sentences themselves."""
 
@@ -106,7 +132,14 @@ class FusionSettings(_Method):
 
 
 MethodSettings = Annotated[
-    LexicalSettings | DenseSettings | InfluenceSettings | GoldSettings | RandomSettings | FusionSettings,
+    LexicalSettings
+    | DenseSettings
+    | InfluenceSettings
+    | TrakSettings
+    | TracInSettings
+    | GoldSettings
+    | RandomSettings
+    | FusionSettings,
     Field(discriminator="kind"),
 ]
 

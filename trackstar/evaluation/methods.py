@@ -21,6 +21,8 @@ from trackstar.evaluation.method_settings import (
     LexicalSettings,
     MethodSettings,
     RandomSettings,
+    TracInSettings,
+    TrakSettings,
 )
 from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentences import Sentences
@@ -29,6 +31,7 @@ from trackstar.storage import file_digest
 
 if TYPE_CHECKING:
     from trackstar.evaluation.influence import InfluenceSource
+    from trackstar.evaluation.trak import Trak
 
 
 class MethodMaker:
@@ -47,12 +50,16 @@ class MethodMaker:
         self._k = k
         self._on_step = on_step
         self._sources: dict[tuple[str, str | None, str, bool], InfluenceSource] = {}
+        self._traks: list[Trak] = []
 
     def close(self) -> None:
         """Close the indexes."""
         for source in self._sources.values():
             source.close()
+        for trak in self._traks:
+            trak.close()
         self._sources.clear()
+        self._traks.clear()
 
     def identity(self, settings: MethodSettings, finished: Mapping[str, Finished]) -> dict[str, Any]:
         """What the answers depend on beside settings, corpus, queries and depth.
@@ -70,6 +77,8 @@ class MethodMaker:
                 return {"files": {str(path.relative_to(folder)): file_digest(path) for path in files}}
             case InfluenceSettings():
                 return self._identity_of_index(settings)
+            case TrakSettings() | TracInSettings():
+                return {"indexes": [_identity_of_rows(source) for source in self._checkpoints(settings)]}
             case FusionSettings():
                 return {"parts": [finished[name].digest for name in settings.of]}
             case _:
@@ -106,6 +115,10 @@ class MethodMaker:
                 return dense, {}
             case InfluenceSettings():
                 return self._influence(settings)
+            case TrakSettings():
+                return self._trak(settings), {}
+            case TracInSettings():
+                return self._tracin(settings), {}
             case GoldSettings():
                 return Gold(settings.name, _gold_of(self._selection.asked, settings.name)), {}
             case RandomSettings():
@@ -125,7 +138,7 @@ class MethodMaker:
     def _influence(self, settings: InfluenceSettings) -> tuple[Method, dict[str, Any]]:
         from trackstar.evaluation.influence import Influence, fitted_whitening, whitening_of_generation
 
-        source = self._source(settings)
+        source = self._source_of(settings)
         unit_norm = settings.unit_norm
         if settings.mix is None:
             generation = settings.generation or source.index.active()
@@ -137,24 +150,46 @@ class MethodMaker:
         fitted = {"lambda": weight} if settings.mix.kind == "task" else {}
         return Influence(settings.name, source, whitening, on_step=self._on_step), fitted
 
-    def _source(self, settings: InfluenceSettings) -> InfluenceSource:
+    def _trak(self, settings: TrakSettings) -> Method:
+        from trackstar.evaluation.trak import Trak
+        from trackstar.evaluation.trak_method import TrakMethod
+
+        trak = Trak(
+            settings.indexes,
+            damping=settings.damping,
+            blockwise=settings.blockwise,
+            device=settings.device,
+            name=settings.name,
+        )
+        self._traks.append(trak)
+        return TrakMethod(trak, self._sentences, settings.indexes[0], on_step=self._on_step)
+
+    def _tracin(self, settings: TracInSettings) -> Method:
+        from trackstar.evaluation.tracin import TracIn
+
+        checkpoints = self._checkpoints(settings)
+        weights = settings.weights or (1.0,) * len(checkpoints)
+        return TracIn(settings.name, checkpoints, weights, len(self._sentences), on_step=self._on_step)
+
+    def _checkpoints(self, settings: TrakSettings | TracInSettings) -> list[InfluenceSource]:
+        trusted = isinstance(settings, TracInSettings) and settings.trust_remote_code
+        return [self._source(path, None, settings.device, trusted) for path in settings.indexes]
+
+    def _source_of(self, settings: InfluenceSettings) -> InfluenceSource:
+        return self._source(settings.index, settings.model, settings.device, settings.trust_remote_code)
+
+    def _source(self, path: str, model: str | None, device: str, trust_remote_code: bool) -> InfluenceSource:
         from trackstar.evaluation.influence import InfluenceSource
 
-        key = (settings.index, settings.model, settings.device, settings.trust_remote_code)
+        key = (path, model, device, trust_remote_code)
         if key not in self._sources:
             self._sources[key] = InfluenceSource(
-                settings.index,
-                self._sentences,
-                model=settings.model,
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
+                path, self._sentences, model=model, device=device, trust_remote_code=trust_remote_code
             )
         return self._sources[key]
 
     def _identity_of_index(self, settings: InfluenceSettings) -> dict[str, Any]:
-        from trackstar.tombstones import read_deleted
-
-        source = self._source(settings)
+        source = self._source_of(settings)
         index = source.index
         generation = settings.generation
         if settings.mix is None and generation is None:
@@ -165,11 +200,8 @@ class MethodMaker:
                 f"{', '.join(index.generation_names()) or 'none'}"
             )
         return {
-            "index": file_digest(index.root / "index.json"),
-            "correction": file_digest(index.root / "correction.safetensors"),
-            "rows": source.rows.digest,
+            **_identity_of_rows(source),
             "generation": generation,
-            "deleted": read_deleted(index.root).digest,
             "task": digest_of_asked(self._selection.task) if settings.needs_task else None,
         }
 
@@ -179,3 +211,15 @@ def _gold_of(asked: Asked, name: str) -> dict[str, tuple[int, ...]]:
     if asked.gold is None:
         raise InvalidRequest(f"the method {name!r} needs gold sentences, and none are known here; leave it out")
     return {query.query_id: gold for query, gold in zip(asked.queries, asked.gold, strict=True)}
+
+
+def _identity_of_rows(source: InfluenceSource) -> dict[str, Any]:
+    from trackstar.tombstones import read_deleted
+
+    root = source.index.root
+    return {
+        "index": file_digest(root / "index.json"),
+        "correction": file_digest(root / "correction.safetensors"),
+        "rows": source.rows.digest,
+        "deleted": read_deleted(root).digest,
+    }

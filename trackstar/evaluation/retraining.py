@@ -167,7 +167,7 @@ class RetrainWorker:
 
     def __init__(self, report: Report, *, folder: Location, experiment: Experiment) -> None:
         self._report, self._folder, self._experiment = report, folder, experiment
-        self._model = _initial_model(load_model(experiment.checkpoint, device=experiment.device), experiment.budget)
+        self._model = initial_model(load_model(experiment.checkpoint, device=experiment.device), experiment.budget)
         self._initial = {name: value.clone() for name, value in self._model.state_dict().items()}
 
     def __call__(self, item: tuple[str, tuple[int, ...]]) -> tuple[str, list[float]]:
@@ -190,8 +190,23 @@ class RetrainWorker:
         return key, losses
 
 
-def train(model: Any, passages: Sequence[Example], kept: Sequence[int], budget: Budget) -> int:
-    """Train a model, in place, on the kept passages; returns the number of tokens that were processed."""
+def train(
+    model: Any,
+    passages: Sequence[Example],
+    kept: Sequence[int],
+    budget: Budget,
+    *,
+    on_step: Callable[[int, torch.optim.Optimizer], None] = lambda _steps, _optimizer: None,
+) -> int:
+    """Train a model, in place, on the kept passages; returns the number of tokens that were processed.
+
+    Args:
+        model: a causal language model of transformers.
+        passages: of the whole corpus.
+        kept: numbers of those that are there.
+        budget: how it trains.
+        on_step: hears after each step how many there were, and sees the optimizer.
+    """
     there = np.zeros(len(passages), dtype=bool)
     there[list(kept)] = True
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -205,12 +220,12 @@ def train(model: Any, passages: Sequence[Example], kept: Sequence[int], budget: 
         batch = [passages[number] for number in planned if there[number] and passages[number].num_targets]
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * rate(step, budget)
-        if not batch:
-            continue
-        optimizer.zero_grad()
-        mean_loss(model, batch).backward()
-        optimizer.step()
-        num_tokens += sum(len(example.tokens) for example in batch)
+        if batch:
+            optimizer.zero_grad()
+            mean_loss(model, batch).backward()
+            optimizer.step()
+            num_tokens += sum(len(example.tokens) for example in batch)
+        on_step(step + 1, optimizer)
     optimizer.zero_grad()
     return num_tokens
 
@@ -242,7 +257,7 @@ def mean_loss(model: Any, batch: Sequence[Example]) -> Tensor:
     return nn.functional.cross_entropy(logits_nV, targets_n)
 
 
-def _initial_model(loaded: LoadedModel, budget: Budget) -> Any:
+def initial_model(loaded: LoadedModel, budget: Budget) -> Any:
     """The model that every run starts from, every parameter to be trained, without dropout."""
     model: Any = loaded.model
     if budget.fresh:

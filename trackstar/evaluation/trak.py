@@ -49,7 +49,7 @@ Found = tuple[str, list[str], list[float]]
 
 
 class Trak:
-    """Scores passages by one or several checkpoints.
+    """Scores passages by one or several checkpoints. `shown_N`: bool, which passages are not deleted; None if all are.
 
     Args:
         folders: an index of the margin for each checkpoint, all of the same corpus and windows.
@@ -89,7 +89,7 @@ class Trak:
                     "corpus with the same windows for every checkpoint"
                 )
         self.num_passages = first.rows.num_passages
-        self._shown = read_deleted(first.index.root).mask(self.num_passages)
+        self.shown_N = read_deleted(first.index.root).mask(self.num_passages)
 
     @cached_property
     def weights_N(self) -> NDArray[np.float32]:
@@ -129,7 +129,7 @@ class Trak:
         deep = k * int(np.bincount(documents).max(initial=1))
         for first, scores_Qn in self.scores(queries):
             ids = np.arange(first, first + scores_Qn.shape[1], dtype=np.int64)
-            kept = slice(None) if self._shown is None else self._shown[ids]
+            kept = slice(None) if self.shown_N is None else self.shown_N[ids]
             for query, scores_n in enumerate(scores_Qn):
                 found = best(ids[kept], scores_n[kept], sign=1.0, k=deep)
                 rankings[query] = rankings[query].merge(found, sign=1.0, k=deep)
@@ -140,9 +140,14 @@ class Trak:
         for checkpoint in self._checkpoints:
             checkpoint.rows.close()
 
+    def document_ids(self) -> NDArray[np.str_]:
+        """Every passage's document, [N]."""
+        ids_N: NDArray[np.str_] = self._checkpoints[0].rows.column("doc_id").astype(str)
+        return ids_N
+
     def _documents(self) -> NDArray[np.int64]:
         """Number of every passage's document, int64 [N]."""
-        _, numbers = np.unique(self._checkpoints[0].rows.column("doc_id").astype(str), return_inverse=True)
+        _, numbers = np.unique(self.document_ids(), return_inverse=True)
         return numbers.astype(np.int64)
 
     def _found(self, query: Query, ranking: Ranking, documents: NDArray[np.int64], k: int) -> Found:
