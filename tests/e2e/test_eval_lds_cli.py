@@ -111,6 +111,12 @@ def test_an_evaluation_from_end_to_end(world: Path, tmp_path: Path, capsys: pyte
     assert "TrackStar" in capsys.readouterr().out
     assert files(out) == first
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == times
+    (out / "retrievals" / "bm25.jsonl").unlink()
+    assert main(["eval", "lds", given, "--out", str(out)]) == 6
+    assert "bm25.jsonl' is not what was written; delete it and its .json" in capsys.readouterr().err
+    (out / "retrievals" / "bm25.json").unlink()
+    assert main(["eval", "lds", given, "--out", str(out)]) == 0
+    assert files(out) == first
     # Elsewhere all is the same but what names folders.
     other = tmp_path / "other"
     assert main(["eval", "lds", given, "--out", str(other)]) == 0
