@@ -131,7 +131,7 @@ def test_d_is_spread_over_powers_of_two_of_layer_blocks() -> None:
         ({"axes": {}}, 2, "there is nothing to vary; give d, steps or size"),
         ({"axes": {"d": [64, 64]}}, 2, "the axis d has a value twice"),
         ({"axes": {"d": [0]}}, 2, "the axis d must hold numbers from 1"),
-        ({"axes": {"d": [64, 100]}}, 2, "d = 100 is not 4 blocks (2 layer blocks x attention and MLP)"),
+        ({"axes": {"d": [64, 104]}}, 2, "d = 104 is not 4 blocks (2 layer blocks x attention and MLP)"),
         ({"axes": {"steps": ["none"]}}, 3, "there is no folder 'none' of a checkpoint"),
         ({"axes": {"size": ["none"]}}, 3, "there is no folder 'none' of a checkpoint"),
         ({"axes": {"depth": [1]}}, 2, "unknown key 'axes.depth'"),

@@ -111,6 +111,12 @@ def test_an_evaluation_from_end_to_end(world: Path, tmp_path: Path, capsys: pyte
     assert "TrackStar" in capsys.readouterr().out
     assert files(out) == first
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == times
+    (out / "retrievals" / "bm25.jsonl").unlink()
+    assert main(["eval", "lds", given, "--out", str(out)]) == 6
+    assert "bm25.jsonl' is not what was written; delete it and its .json" in capsys.readouterr().err
+    (out / "retrievals" / "bm25.json").unlink()
+    assert main(["eval", "lds", given, "--out", str(out)]) == 0
+    assert files(out) == first
     # Elsewhere all is the same but what names folders.
     other = tmp_path / "other"
     assert main(["eval", "lds", given, "--out", str(other)]) == 0
@@ -219,3 +225,19 @@ def test_a_sentence_longer_than_the_window_is_refused(
     given = config(tmp_path / "lds.yaml", world, corpus={"paths": [str(path)]}, distractors=None)
     assert main(["eval", "lds", given, "--out", str(tmp_path / "out")]) == 2
     assert "the sentence 'long' has more tokens than the model's window of 64" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
+def test_ray_does_the_retrainings(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    changes = {"methods": METHODS[:2], "indexes": {}, "remove": [1], "workers": 1}
+    for engine in ("local", "ray"):
+        given = config(tmp_path / "lds.yaml", world, **changes, engine=engine)
+        assert main(["eval", "lds", given, "--out", str(tmp_path / engine)]) == 0
+    alone, spread = files(tmp_path / "local"), files(tmp_path / "ray")
+    runs = [name for name in alone if name.startswith("runs/")]
+    assert runs
+    assert [name for name in spread if name.startswith("runs/")] == runs
+    for name in (*runs, "results.md"):
+        assert spread[name] == alone[name]

@@ -146,7 +146,7 @@ def _score(
             digest = digest_of({**common, "settings": given.model_dump(mode="json"), "identity": identity})
             path = out / "scores" / f"{folder_name(given.name)}.safetensors"
             known = _read_scores(path, digest)
-            if known is None:
+            if known is None or store.read(given.name, digest) is None:
                 method, fitted = maker.make(settings, finished)
                 found = method.retrieve(asked.queries, len(sentences))
                 store.write(
@@ -197,7 +197,8 @@ def _retrieval(query_id: str, scores_N: NDArray[np.float64]) -> Retrieval:
 
 
 def _write_scores(path: Path, digest: str, scores_QN: NDArray[np.float64], fitted: Mapping[str, Any]) -> None:
-    about = {"digest": digest, "fitted": json.dumps(fitted)}
+    # Several entries would be written in any order.
+    about = {"about": json.dumps({"digest": digest, "fitted": fitted})}
     publish(path, safetensors.numpy.save({"scores": scores_QN}, metadata=about))
 
 
@@ -205,10 +206,10 @@ def _read_scores(path: Path, digest: str) -> tuple[NDArray[np.float64], dict[str
     if not path.is_file():
         return None
     with safe_open(path, "np") as file:
-        about = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         if about.get("digest") != digest:
             return None
-        return file.get_tensor("scores"), json.loads(about["fitted"])
+        return file.get_tensor("scores"), about["fitted"]
 
 
 def _retrain(
