@@ -32,7 +32,7 @@ from trackstar.evaluation.fusion_settings import FusionConfig
 from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import folder_name
-from trackstar.evaluation.patching import drawn, measure_texts
+from trackstar.evaluation.patching import Patching, drawn
 from trackstar.evaluation.predictions import model_files
 from trackstar.evaluation.released import HELD_OUT, aligned, joined
 from trackstar.evaluation.report import numbers
@@ -80,10 +80,14 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
 
     Raises:
         NotFound, InvalidRequest: the evaluation's files or the settings cannot be used as they are.
-        TrackstarError: as `measure_texts`.
+        TrackstarError: as `Patching`.
     """
     model_files(config.tail_patch.model)  # a folder that is not there shows at once
     evaluated, held_out, files = _read(config)
+    patching = Patching(config.tail_patch, out)
+    deciding_steps = list(patching.steps) if config.decided_by is None else [config.decided_by]
+    if unknown := [name for name in deciding_steps if name not in patching.steps]:
+        raise InvalidRequest(f"decided_by: there is no step {unknown[0]!r}, but {', '.join(map(repr, patching.steps))}")
     chosen = drawn(len(evaluated), config.tail_patch.queries, config.seed)
     judged = [evaluated[place] for place in chosen]
     deciding = [held_out[place] for place in drawn(len(held_out), config.held_out, config.seed)]
@@ -95,10 +99,7 @@ def evaluate_fusion(config: FusionConfig, out: Path, *, on_step: OnStep = unhear
         dict.fromkeys(pair.texts[number] for one in ranked for number in one.orders[place][: depths[-1]])
         for place, pair in enumerate(pairs)
     ]
-    measured = measure_texts(config.tail_patch, out, [pair.query for pair in pairs], wanted, on_step)
-    deciding_steps = list(measured.steps) if config.decided_by is None else [config.decided_by]
-    if unknown := [name for name in deciding_steps if name not in measured.steps]:
-        raise InvalidRequest(f"decided_by: there is no step {unknown[0]!r}, but {', '.join(map(repr, measured.steps))}")
+    measured = patching.measure([pair.query for pair in pairs], wanted, on_step)
     values = [{name: values_of(measured, name, one.texts(pairs), depths) for name in measured.steps} for one in ranked]
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
     found = [

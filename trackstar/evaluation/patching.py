@@ -36,56 +36,66 @@ class Measured:
     model: str
 
 
-def measure_texts(
-    settings: TailPatchSettings,
-    out: Path,
-    queries: Sequence[Query],
-    wanted: Sequence[Collection[str]],
-    on_step: OnStep = unheard,
-) -> Measured:
-    """The effect of every step on each query's texts.
+class Patching:
+    """A checkpoint and the steps that are taken from it.
 
     Args:
         settings: model, optimizer and steps; their `queries` and `depths` are the caller's business.
         out: folder of the evaluation, for effects that no other file keeps.
-        queries: prompts and targets.
-        wanted: each query's texts.
-        on_step: progress.
 
     Raises:
-        InvalidRequest: a target cannot be tokenised, or as `TailPatchJudge.measure`.
-        TrackstarError: the checkpoint or its optimizer state cannot be used.
+        TrackstarError: the checkpoint, its optimizer state or the file of effects cannot be used.
     """
-    import torch
 
-    from trackstar.model import load_model
+    def __init__(self, settings: TailPatchSettings, out: Path) -> None:
+        import torch
 
-    loaded = load_model(
-        settings.model,
-        dtype=torch.float32,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        exclude=(),
-    )
-    begin = begin_token(loaded.tokenizer)
-    examples = []
-    for query in queries:
+        from trackstar.model import load_model
+
+        self._loaded = load_model(
+            settings.model,
+            dtype=torch.float32,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+            exclude=(),
+        )
+        self._begin = begin_token(self._loaded.tokenizer)
+        kept = out / EFFECTS if settings.effects is None else Path(settings.effects)
+        self._judge = TailPatchJudge(self._loaded, kept, optimizer=settings.optimizer_path)
+        self.steps = settings.named_steps(self._judge.carried)
+
+    def measure(
+        self, queries: Sequence[Query], wanted: Sequence[Collection[str]], on_step: OnStep = unheard
+    ) -> Measured:
+        """The effect of every step on each query's texts.
+
+        Args:
+            queries: prompts and targets.
+            wanted: each query's texts.
+            on_step: progress.
+
+        Raises:
+            InvalidRequest: a target cannot be tokenised, or as `TailPatchJudge.measure`.
+            NotReady: another process adds to the file of effects.
+        """
+        effects = self._judge.measure(
+            [self._query(query) for query in queries],
+            cache(self._passage),
+            wanted,
+            self.steps,
+            on_passage=lambda done, total: on_step("tail-patching", done, total),
+        )
+        return Measured(queries=queries, effects=effects, steps=self.steps, model=self._loaded.digest)
+
+    def _query(self, query: Query) -> Example:
+        loaded = self._loaded
         check_target(query, loaded.tokenizer)
-        examples.append(tokenize(query, loaded.tokenizer, add_bos=begin is not None, max_tokens=loaded.max_tokens))
-    head = [] if begin is None else [begin]
+        return tokenize(query, loaded.tokenizer, add_bos=self._begin is not None, max_tokens=loaded.max_tokens)
 
-    @cache
-    def passage(text: str) -> Example:
-        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return Example(tokens=np.array([*head, *ids][: loaded.max_tokens], dtype=np.int32))
-
-    kept = out / EFFECTS if settings.effects is None else Path(settings.effects)
-    judge = TailPatchJudge(loaded, kept, optimizer=settings.optimizer_path)
-    steps = settings.named_steps(judge.carried)
-    effects = judge.measure(
-        examples, passage, wanted, steps, on_passage=lambda done, total: on_step("tail-patching", done, total)
-    )
-    return Measured(queries=queries, effects=effects, steps=steps, model=loaded.digest)
+    def _passage(self, text: str) -> Example:
+        ids = self._loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        head = [] if self._begin is None else [self._begin]
+        return Example(tokens=np.array([*head, *ids][: self._loaded.max_tokens], dtype=np.int32))
 
 
 def first_of(lists: Mapping[str, Sequence[Sequence[str]]], depth: int) -> list[dict[str, None]]:

@@ -31,7 +31,7 @@ from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
 from trackstar.evaluation.patch_settings import TailPatchSettings
-from trackstar.evaluation.patching import drawn, first_of, measure_texts
+from trackstar.evaluation.patching import Patching, drawn, first_of
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import correctness, model_files
 from trackstar.evaluation.report import difference, groupings, markdown, numbers, summarise
@@ -157,9 +157,8 @@ def _tail_patch(
         ]
         for name, found in finished.items()
     }
-    measured = measure_texts(
-        settings, out, [evaluated.queries[place] for place in chosen], first_of(lists, depth), on_step
-    )
+    queries = [evaluated.queries[place] for place in chosen]
+    measured = Patching(settings, out).measure(queries, first_of(lists, depth), on_step)
     groups = groupings([evaluated.facts[place] for place in chosen], right)
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
     return summarise_patches(measured, lists, groups, bootstrap, settings.depths)

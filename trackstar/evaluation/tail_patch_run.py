@@ -22,7 +22,7 @@ from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import folder_name
 from trackstar.evaluation.patch_settings import TailPatchConfig
-from trackstar.evaluation.patching import Measured, drawn, first_of, measure_texts
+from trackstar.evaluation.patching import Measured, Patching, drawn, first_of
 from trackstar.evaluation.released import files_of, groups_of, joined
 from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables, summarise_patches
 from trackstar.results import Query
@@ -34,7 +34,7 @@ def evaluate_tail_patch(config: TailPatchConfig, out: Path, *, on_step: OnStep =
 
     Raises:
         NotFound, InvalidRequest: a file, a record or a query cannot be used as it is.
-        TrackstarError: as `measure_texts`.
+        TrackstarError: as `Patching`.
     """
     files = (
         files_of(config.retrievals)
@@ -47,7 +47,7 @@ def evaluate_tail_patch(config: TailPatchConfig, out: Path, *, on_step: OnStep =
     records = {name: [queries[place] for place in chosen] for name, queries in records.items()}
     queries = next(iter(records.values()))
     lists = {name: [query.fields["proponents"] for query in some] for name, some in records.items()}
-    measured = measure_texts(config, out, queries, first_of(lists, config.depths[-1]), on_step)
+    measured = Patching(config, out).measure(queries, first_of(lists, config.depths[-1]), on_step)
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
     results = {
         "settings": config.model_dump(mode="json"),
