@@ -33,7 +33,7 @@ from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.lexical import words_in
 from trackstar.evaluation.method import OnStep, text_of, unheard
 from trackstar.evaluation.method_settings import folder_name
-from trackstar.evaluation.patching import drawn, first_of, measure_texts
+from trackstar.evaluation.patching import Patching, drawn, first_of
 from trackstar.evaluation.plots import draw_cells, drawing, save
 from trackstar.evaluation.predictions import kept_answers, model_files
 from trackstar.evaluation.report import Grouping, numbers, parted
@@ -255,7 +255,8 @@ def _tail_patch(
         ]
         for name, known in finished.items()
     }
-    measured = measure_texts(settings, out, [queries[number] for number in chosen], first_of(lists, depth), on_step)
+    asked_queries = [queries[number] for number in chosen]
+    measured = Patching(settings, out).measure(asked_queries, first_of(lists, depth), on_step)
     labels = tuple(group.labels[number] for number in chosen)
     asked = Grouping(name=group.name, labels=labels, order=tuple(name for name in group.order if name in labels))
     return summarise_patches(measured, lists, [asked], bootstrap, settings.depths)
