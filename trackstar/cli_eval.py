@@ -235,6 +235,7 @@ def _show_categories(console: Console, results: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for item in results["methods"]:
         table.add_row(item["name"], *(_text(item["categories"][name]) for name in CATEGORIES))
+    console.print(table)
 
 
 @evaluation.command()
