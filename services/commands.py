@@ -39,10 +39,10 @@ def serve(
     from services.gateway.command import run_gateway
 
     settings = _settings(config, address, metrics_address)
-    from services.embedded import Embedded
+    from services.embedded import embedded_services
 
-    opened = Embedded.open(index, model=model, device=device, trust_remote_code=trust_remote_code)
-    raise typer.Exit(run_gateway(settings, opened.services, started=_announce(settings)))
+    services = embedded_services(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    raise typer.Exit(run_gateway(settings, services, started=_announce(settings)))
 
 
 def gateway(
