@@ -71,7 +71,7 @@ def make() -> Schema:
                 dns=_some(_OBJECTS),
                 kuberay=_some(_OBJECTS),
                 egress=_OBJECTS,
-                kubernetes=_section(to=_some(_OBJECTS), port=_integer(min=1, max=65535)),
+                kubernetes=_section(to=_some(_OBJECTS), ports=_some(_list(_integer(min=1, max=65535)))),
             ),
             monitoring=_section(
                 enabled=_BOOLEAN,
@@ -89,7 +89,7 @@ def make() -> Schema:
                 ),
                 runbooks=_text(pattern="^https?://.+"),
             ),
-            test=_section(tokenSecret=_name(), prompt=_text(min=1), completion=_text(min=1)),
+            test=_section(tokenSecret=_name(), certificateSecret=_name(), prompt=_text(min=1), completion=_text(min=1)),
             # Helm hands the values of a parent chart on.
             **{"global": {"type": "object"}},
         ),
@@ -147,7 +147,7 @@ def _reindex() -> Schema:
         config=_of(ReindexConfig, without=("index", "milvus", "ray_address"), partial=True),
         backoffLimit=_integer(min=0),
         activeDeadlineSeconds=_integer(min=1),
-        clusterSeconds=_section(success=_integer(min=0), failure=_integer(min=0)),
+        clusterSeconds=_integer(min=0),
         head=_pods(),
         workers=_workers(),
         throughGateway=_section(enabled=_BOOLEAN, allowedPaths=_list(_text(min=1))),

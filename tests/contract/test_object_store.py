@@ -218,6 +218,7 @@ def test_an_index_is_built_there_from_a_corpus_there(
     assert build_index(make_config(wanted), "s3://indexes/made").name == generation.name
     other = build_index(make_config({**wanted, "mix": {"damping": 0.7}}), "s3://indexes/made")
     assert there.active() == other.name != generation.name
+    assert main(["audit", "s3://indexes/made", "--sample", "8"]) == 0
 
 
 def test_wrong_credentials_are_named_without_being_shown(

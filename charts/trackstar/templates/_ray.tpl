@@ -12,14 +12,14 @@ max-worker-port: "10999"
 disable-usage-stats: "true"
 {{- end -}}
 
-{{/* Spec of a pod: (dict "root" $ "component" name "kind" head|worker "group" values "ready" http-path-and-port) */}}
+{{/* Spec of a pod: (dict "root" $ "component" serve|reindex "kind" head|worker "group" values "autoscaling" bool) */}}
 {{- define "trackstar.rayPod" -}}
 {{- $root := .root -}}
 metadata:
   labels: {{- include "trackstar.labels" (list $root .component) | nindent 4 }}
 spec:
   {{- /* A head with the autoscaler gets an account of the operator's, with the rights to scale its own cluster. */}}
-  {{- if not (and (eq .kind "head") $root.Values.ray.autoscaling) }}
+  {{- if not (and (eq .kind "head") .autoscaling) }}
   serviceAccountName: {{ include "trackstar.account" (list $root "ray") }}
   automountServiceAccountToken: false
   {{- end }}
@@ -46,7 +46,7 @@ spec:
         {{- end }}
         {{- if eq .component "serve" }}
         - {name: serve, containerPort: 8000, protocol: TCP}
-        - {name: grpc, containerPort: 9000, protocol: TCP}
+        - {name: serve-grpc, containerPort: 9000, protocol: TCP}
         {{- end }}
         - {name: agent, containerPort: 52365, protocol: TCP}
         - {name: metrics, containerPort: 8080, protocol: TCP}
@@ -86,7 +86,8 @@ spec:
       securityContext: {{- include "trackstar.containerSecurity" $root | nindent 8 }}
       resources: {{- toYaml .group.resources | nindent 8 }}
       volumeMounts:
-        {{- include "trackstar.dataMounts" (list $root (eq .component "reindex")) | nindent 8 }}
+        {{- /* Jobs that come through the gateway run where encoders serve, and write. */}}
+        {{- include "trackstar.dataMounts" (list $root (or (eq .component "reindex") $root.Values.reindex.throughGateway.enabled)) | nindent 8 }}
         - {name: shared-memory, mountPath: /dev/shm}
         {{- if eq .component "reindex" }}
         - {name: job, mountPath: /etc/trackstar/job, readOnly: true}
@@ -101,14 +102,15 @@ spec:
     {{- include "trackstar.milvusVolumes" $root | nindent 4 }}
 {{- end -}}
 
-{{/* A Ray cluster's spec: (dict "root" $ "component" name "values" section) */}}
+{{/* A Ray cluster's spec: (dict "root" $ "component" name "head" group "workers" groups "autoscaling" bool) */}}
 {{- define "trackstar.rayCluster" -}}
 {{- $root := .root -}}
 {{- $component := .component -}}
+{{- $autoscaling := .autoscaling -}}
 rayVersion: {{ $root.Values.ray.version | quote }}
 authOptions: {mode: token, secretName: {{ $root.Values.ray.tokenSecret }}}
-enableInTreeAutoscaling: {{ $root.Values.ray.autoscaling }}
-{{- if $root.Values.ray.autoscaling }}
+enableInTreeAutoscaling: {{ $autoscaling }}
+{{- if $autoscaling }}
 autoscalerOptions:
   version: v2
   upscalingMode: Default
@@ -117,20 +119,24 @@ autoscalerOptions:
     requests: {cpu: 200m, memory: 512Mi}
     limits: {memory: 1Gi}
   securityContext: {{- include "trackstar.containerSecurity" $root | nindent 4 }}
+  env:
+    - {name: HOME, value: /tmp}
+  volumeMounts:
+    - {name: tmp, mountPath: /tmp}
 {{- end }}
 headGroupSpec:
   rayStartParams:
     dashboard-host: 0.0.0.0
     num-cpus: "0"
     {{- include "trackstar.rayPorts" $root | nindent 4 }}
-  template: {{- include "trackstar.rayPod" (dict "root" $root "component" $component "kind" "head" "group" .head) | nindent 4 }}
+  template: {{- include "trackstar.rayPod" (dict "root" $root "component" $component "kind" "head" "group" .head "autoscaling" $autoscaling) | nindent 4 }}
 workerGroupSpecs:
   {{- range .workers }}
   - groupName: {{ .name }}
-    replicas: {{ .minReplicas }}
+    replicas: {{ ternary .minReplicas .maxReplicas $autoscaling }}
     minReplicas: {{ .minReplicas }}
     maxReplicas: {{ .maxReplicas }}
     rayStartParams: {{- include "trackstar.rayPorts" $root | nindent 6 }}
-    template: {{- include "trackstar.rayPod" (dict "root" $root "component" $component "kind" "worker" "group" .) | nindent 6 }}
+    template: {{- include "trackstar.rayPod" (dict "root" $root "component" $component "kind" "worker" "group" . "autoscaling" $autoscaling) | nindent 6 }}
   {{- end }}
 {{- end -}}
