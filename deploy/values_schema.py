@@ -1,7 +1,7 @@
 """Makes charts/trackstar/values.schema.json: the chart's own values here, the services' settings from their classes.
 
-Contract: strict at every level; what Kubernetes itself defines (resources, tolerations, peers, …) is checked by its API. A
-test makes the file again and compares.
+Contract: strict at every level; what Kubernetes itself defines (resources, tolerations, peers, …) is checked by its API.
+A test makes the file again and compares.
 
     python -m deploy.values_schema
 """
@@ -102,6 +102,8 @@ def _gateway() -> Schema:
         del settings["properties"][section]
     return _section(
         replicas=_integer(min=1),
+        maxSurge=_integer(min=0),
+        device=_text(min=1),
         resources=_RESOURCES,
         principalsSecret=_name(),
         settings=settings,

@@ -23,6 +23,8 @@ VERSIONS = ("1.29", "1.37")
 Values = dict[str, Any]
 Object = dict[str, Any]
 
+NAMES = ("laptop", "single-gpu", "cluster", "billions")
+
 # The least that an installation must say.
 MINIMAL: Values = {"index": {"claim": "index"}}
 
@@ -37,12 +39,28 @@ def merged(*parts: Values) -> Values:
     return found
 
 
+def preset(name: str) -> Values:
+    """The values of deploy/values/NAME.yaml."""
+    found: Values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
+
+
 def render(values: Values | None = None, *, release: str = "ts", namespace: str = "prod") -> list[Object]:
     """All objects, those of hooks too."""
-    with Chart.load(str(CHART)) as chart:
-        files = chart.render(values=values or {}, name=release, namespace=namespace)
+    files = _files(json.dumps(values or {}), release, namespace)
     manifests = (text for name, text in sorted(files.items()) if name.endswith(".yaml"))
     return [made for text in manifests for made in yaml.safe_load_all(text) if made]
+
+
+def notes(values: Values, *, release: str = "ts", namespace: str = "prod") -> str:
+    """What `helm install` says at the end."""
+    return _files(json.dumps(values), release, namespace)["trackstar/templates/NOTES.txt"]
+
+
+@cache
+def _files(values: str, release: str, namespace: str) -> dict[str, str]:
+    with Chart.load(str(CHART)) as chart:
+        return chart.render(values=json.loads(values), name=release, namespace=namespace)
 
 
 def of_kind(objects: list[Object], kind: str, name: str = "") -> list[Object]:
@@ -65,7 +83,7 @@ def check(made: Object) -> None:
     schema = custom_schema(made["kind"])
     if schema is None:
         for version in VERSIONS:
-            kubernetes_validate.validate(made, version, strict=True)
+            _check_kubernetes(json.dumps(made), version)
         return
     Draft7Validator(schema).validate({key: value for key, value in made.items() if key != "metadata"})
     for template in pod_templates(made):
@@ -77,6 +95,12 @@ def check(made: Object) -> None:
                 "template": template,
             }
         )
+
+
+@cache
+def _check_kubernetes(made: str, version: str) -> None:
+    """Objects that several renderings share are looked at once."""
+    kubernetes_validate.validate(json.loads(made), version, strict=True)
 
 
 def pod_templates(made: Object) -> Iterator[Object]:

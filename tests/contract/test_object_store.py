@@ -24,6 +24,7 @@ from tests.unit.test_index import settings
 from tests.unit.test_rows import COUNTS, DIM, PER_SHARD, TOTAL, equal, flip, passage, write
 from trackstar.blobs import Location, RemotePath, local, location
 from trackstar.build import build_index, make_config
+from trackstar.cli import main
 from trackstar.describe import describe_index
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, NotReady, TrackstarError
 from trackstar.index import Index, load_correction
