@@ -1,6 +1,6 @@
-"""Makes charts/trackstar/values.schema.json: the chart's own values here, the services' settings from their classes.
+"""Makes charts/trackstar/values.schema.json: the chart's own values here, the services' from their classes.
 
-Contract: strict at every level; what Kubernetes itself defines (resources, tolerations, peers, …) is checked by its API.
+Contract: strict at every level; what Kubernetes itself defines (resources, tolerations, peers, …) is left to its API.
 A test makes the file again and compares.
 
     python -m deploy.values_schema
@@ -40,7 +40,7 @@ def make() -> Schema:
             imagePullSecrets={"type": "array", "items": _section(name=_text(min=1))},
             index=_section(location=_text(min=1), claim=_name(), mountPath=_path()),
             checkpoint=_section(path=_text(), claim=_name(), mountPath=_path()),
-            objectStore=_section(secret=_name(), environment=_texts()),
+            objectStore=_section(secret=_name(), environment=_variables()),
             milvus=_section(
                 address=_text(pattern=r"^([^\s/:]+:[0-9]{1,5})?$"),
                 database=_text(),
@@ -234,6 +234,11 @@ def _quantity() -> Schema:
 
 def _texts() -> Schema:
     return {"type": "object", "additionalProperties": {"type": "string"}}
+
+
+def _variables() -> Schema:
+    """Environment variables; what is to be kept secret comes from a Secret."""
+    return {**_texts(), "propertyNames": {"not": {"pattern": "SECRET|TOKEN|PASSWORD|ACCESS_KEY"}}}
 
 
 def _list(items: Schema) -> Schema:

@@ -74,6 +74,12 @@ def one(objects: list[Object], kind: str, name: str = "") -> Object:
     return found
 
 
+def gateway_pod(objects: list[Object]) -> dict[str, Any]:
+    """The template of the gateway's pods."""
+    found: dict[str, Any] = one(objects, "Deployment")["spec"]["template"]
+    return found
+
+
 def check(made: Object) -> None:
     """Strictly against the schema of its kind; unknown fields are refused.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import helm_python
@@ -21,6 +22,7 @@ from tests.charts.rendering import (
     Object,
     Values,
     check,
+    gateway_pod,
     merged,
     notes,
     of_kind,
@@ -50,7 +52,7 @@ def job(objects: list[Object]) -> dict[str, Any]:
 
 def gateway(objects: list[Object]) -> dict[str, Any]:
     """Spec of the gateway's pods."""
-    found: dict[str, Any] = one(objects, "Deployment")["spec"]["template"]["spec"]
+    found: dict[str, Any] = gateway_pod(objects)["spec"]
     return found
 
 
@@ -507,13 +509,14 @@ def test_every_value_is_commented() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_say_why(path: Any) -> None:
-    """Every block of values that stand together begins with a comment."""
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("# ")
-    bare = list(_uncommented(text))
-    # Beside others that have one.
-    assert len(bare) < len(re.findall(r"^ *#", text, re.MULTILINE))
+def test_presets_say_why(path: Path) -> None:
+    """A comment stands above every value, or above those that it stands together with."""
+    blocks = path.read_text(encoding="utf-8").strip().split("\n\n")
+    assert blocks[0].startswith("# ")
+    for block in blocks:
+        bare = [line for line in block.splitlines() if not line.lstrip().startswith("#")]
+        assert block.lstrip().startswith("#") or bare[0].endswith(":"), block
+        assert "# " in block, block
 
 
 def test_prerequisites_are_set_by_keys_that_their_charts_have() -> None:
@@ -546,6 +549,10 @@ WRONG: dict[str, tuple[Values, str]] = {
     "no name of a claim": ({"index": {"claim": "My_Claim"}}, "claim"),
     "a digest that is none": ({"images": {"ray": {"digest": "sha256:12"}}}, "digest"),
     "an address without port": ({"milvus": {"address": "milvus"}}, "address"),
+    "a credential": (
+        {"objectStore": {"environment": {"AWS_SECRET_ACCESS_KEY": "hush"}}},
+        "AWS_SECRET_ACCESS_KEY",
+    ),
     "a settings typo": ({"gateway": {"settings": {"admission": {"max_inflight": 1}}}}, "max_inflight"),
     "a settings value": ({"gateway": {"settings": {"deadline": {"max_seconds": -1}}}}, "max_seconds"),
     "a setting of the chart's own": ({"gateway": {"settings": {"listen": {"address": "0.0.0.0:1"}}}}, "listen"),
