@@ -12,6 +12,7 @@ import helm_python
 import pytest
 import yaml
 from helm_python import HelmError
+from ray.scripts.scripts import start as ray_start
 
 from deploy import values_schema
 from tests.charts.rendering import (
@@ -448,6 +449,15 @@ def test_kuberay_keeps_both_ports_of_the_serve_service() -> None:
     assert {port["name"]: port["targetPort"] for port in service["ports"]} == {
         name: port for name, port in named.items() if re.fullmatch(r"serve(-.*)?", name)
     }
+
+
+def test_ray_start_takes_every_parameter() -> None:
+    """KubeRay hands them on as options; those that are only known to the head must do no harm elsewhere."""
+    options = {name for parameter in ray_start.params for name in parameter.opts}
+    objects = render(preset("cluster"))
+    for made in (cluster(objects), cluster(objects, "RayJob")):
+        for group in (made["headGroupSpec"], *made["workerGroupSpecs"]):
+            assert {f"--{name}" for name in group["rayStartParams"]} <= options
 
 
 @pytest.mark.parametrize("values", [MINIMAL, EMBEDDED, *map(preset, NAMES)], ids=["minimal", "embedded", *NAMES])
