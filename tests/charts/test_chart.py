@@ -372,6 +372,18 @@ SWITCHES: dict[str, tuple[Values, Callable[[list[Object]], object]]] = {
             == ["--apply", "--apply"]
         ),
     ),
+    "collection beside an object store": (
+        merged(MILVUS, {"index": {"location": "s3://bucket/index"}, "collect": {"enabled": True}}),
+        lambda o: (
+            [
+                made["args"][0]
+                for made in one(o, "CronJob", "-collect")["spec"]["jobTemplate"]["spec"]["template"]["spec"][
+                    "containers"
+                ]
+            ]
+            == ["collect-milvus"]
+        ),
+    ),
     "tracing": (
         merged(MINIMAL, ANYWHERE, {"tracing": {"endpoint": "http://otel:4317"}}),
         lambda o: (
@@ -622,6 +634,10 @@ TOGETHER: list[tuple[Values, str]] = [
     (merged(MINIMAL, {"gateway": {"autoscaling": {"kind": "keda"}}}), "needs gateway.autoscaling.prometheusAddress"),
     (merged(MINIMAL, {"gateway": {"autoscaling": {"minReplicas": 9}}}), "minReplicas is above maxReplicas"),
     (merged(MINIMAL, {"milvus": {"address": "milvus:19530"}}), "networkPolicy.egress is empty"),
+    (
+        merged(ANYWHERE, {"index": {"location": "s3://bucket/index"}, "collect": {"enabled": True}}),
+        "collect.enabled finds nothing to do",
+    ),
     (merged(EMBEDDED, MILVUS), "milvus.address needs mode: distributed"),
     (merged(MINIMAL, {"gateway": {"ingress": {"enabled": True}}}), "needs gateway.ingress.host"),
     (merged(MINIMAL, {"gateway": {"route": {"enabled": True}}}), "needs gateway.route.parentRefs"),
