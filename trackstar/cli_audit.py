@@ -109,10 +109,8 @@ def audit_and_keep(
         try:
             chosen = opened.generation(name, rows=rows, searched=elsewhere is None)
             held.callback(chosen.close)
-            if elsewhere is None:
-                coarse, coarse_name = chosen.coarse, chosen.code.store
-            else:
-                coarse, coarse_name = elsewhere(chosen)
+            coarse, coarse_name = (chosen.coarse, str(chosen.code.store)) if elsewhere is None else elsewhere(chosen)
+            if elsewhere is not None:
                 held.callback(coarse.close)
             found = audit_generation(
                 chosen,

@@ -92,7 +92,8 @@ class Pods:
     @property
     def scales(self) -> bool:
         """Whether Ray's autoscaler stands beside the head."""
-        return self.spec["containers"][0]["name"] == "ray-head" and clusters([self.owner])[0]["enableInTreeAutoscaling"]
+        is_head = self.spec["containers"][0]["name"] == "ray-head"
+        return is_head and bool(clusters([self.owner])[0]["enableInTreeAutoscaling"])
 
 
 def clusters(objects: list[Object]) -> list[dict[str, Any]]:
@@ -126,7 +127,8 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
         assert expression["operator"] == "In"
         if labels.get(expression["key"]) not in expression["values"]:
             return False
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    wanted: dict[str, str] = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items()
 
 
 def ports(rules: list[dict[str, Any]]) -> set[int]:
