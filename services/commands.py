@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trackstar.cli_audit import AuditedGeneration, Candidates, MinRecall, NumBest, Sample
+
 if TYPE_CHECKING:
-    from services.gateway.config import GatewayConfig
+    from services.gateway.config import GatewayConfig, MilvusConfig
     from services.gateway.server import Ports
 
 _Address = Annotated[str | None, typer.Option(help="HOST:PORT of gRPC; 127.0.0.1:50051 if nothing says otherwise.")]
@@ -39,10 +41,10 @@ def serve(
     from services.gateway.command import run_gateway
 
     settings = _settings(config, address, metrics_address)
-    from services.embedded import Embedded
+    from services.embedded import embedded_services
 
-    opened = Embedded.open(index, model=model, device=device, trust_remote_code=trust_remote_code)
-    raise typer.Exit(run_gateway(settings, opened.services, started=_announce(settings)))
+    services = embedded_services(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    raise typer.Exit(run_gateway(settings, services, started=_announce(settings)))
 
 
 def gateway(
@@ -69,16 +71,11 @@ def fill_milvus(
     """Put a generation's coarse codes into a Milvus server; the same command continues an interrupted one."""
     from rich.console import Console
 
-    from services.gateway import config as gateway_config
     from services.gateway.coarse_milvus import fill_collection
     from trackstar.catalog import Catalog
-    from trackstar.errors import InvalidRequest
     from trackstar.progress import StepProgress
 
-    over = {} if milvus is None else {f"{gateway_config.PREFIX}MILVUS__ADDRESS": milvus}
-    settings = gateway_config.load(config, {**os.environ, **over}).milvus
-    if settings.address is None:
-        raise InvalidRequest("name the Milvus server with --milvus HOST:PORT, or in the settings as milvus.address")
+    settings = _milvus(config, milvus)
     catalog = Catalog(index)
     name = generation or catalog.active()
     console = Console(stderr=True)
@@ -117,19 +114,53 @@ def collect_milvus(
     apply: Annotated[bool, typer.Option("--apply", help="Delete what is listed.")] = False,
 ) -> None:
     """List collections on a Milvus server that no generation of an index needs; --apply deletes them."""
-    from services.gateway import config as gateway_config
     from services.reindex.collections import unused_collections
     from trackstar.catalog import Catalog
-    from trackstar.errors import InvalidRequest
 
-    over = {} if milvus is None else {f"{gateway_config.PREFIX}MILVUS__ADDRESS": milvus}
-    settings = gateway_config.load(config, {**os.environ, **over}).milvus
-    if settings.address is None:
-        raise InvalidRequest("name the Milvus server with --milvus HOST:PORT, or in the settings as milvus.address")
+    settings = _milvus(config, milvus)
     found = unused_collections(settings, Catalog(index), delete=apply)
     for name in found:
         print(name)
     print(f"{len(found)} collections {'were deleted' if apply else 'would go with --apply'}", file=sys.stderr)
+
+
+def audit_milvus(
+    index: Annotated[str, typer.Argument(help="Folder or URL of the index.")],
+    milvus: Annotated[str | None, typer.Option(help="HOST:PORT of the Milvus server.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the gateway's settings.")] = None,
+    generation: AuditedGeneration = None,
+    sample: Sample = None,
+    k: NumBest = None,
+    candidates: Candidates = None,
+    min_recall: MinRecall = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
+    """Audit a generation whose codes are on a Milvus server; otherwise as `trackstar audit`."""
+    from services.gateway.coarse_milvus import collection_of, connect
+    from services.gateway.pointer import MilvusPointer
+    from trackstar.cli_audit import audit_and_keep, audit_config, the_generation
+    from trackstar.coarse import CoarseIndex
+    from trackstar.generation import Generation
+    from trackstar.index import Index
+    from trackstar.milvus_server import MilvusServerIndex
+
+    settings = _milvus(config, milvus)
+    wanted = audit_config(queries=sample, k=k, candidates=candidates, min_recall=min_recall)
+    opened = Index(index)
+    with connect(settings) as link:
+
+        def on_the_server(chosen: Generation) -> tuple[CoarseIndex, str]:
+            collection = collection_of(settings, chosen.name)
+            return MilvusServerIndex.open(link, collection, spec=chosen.spec, dim=chosen.layout.dim), collection
+
+        active = MilvusPointer(settings, link, opened.catalog).pointer() if generation is None else generation
+        audit_and_keep(
+            opened,
+            the_generation(opened, active),
+            wanted,
+            elsewhere=on_the_server,
+            as_json=as_json,
+        )
 
 
 def hash_token(
@@ -139,6 +170,18 @@ def hash_token(
     from services.gateway.command import hash_token as hash_it
 
     hash_it(new)
+
+
+def _milvus(config: Path | None, address: str | None) -> MilvusConfig:
+    """The section `milvus` of a file of the gateway's settings, the environment over it, and an address over both."""
+    from services.gateway import config as gateway_config
+    from trackstar.errors import InvalidRequest
+
+    over = {} if address is None else {f"{gateway_config.PREFIX}MILVUS__ADDRESS": address}
+    settings = gateway_config.load(config, {**os.environ, **over}).milvus
+    if settings.address is None:
+        raise InvalidRequest("name the Milvus server with --milvus HOST:PORT, or in the settings as milvus.address")
+    return settings
 
 
 def _settings(config: Path | None, address: str | None, metrics_address: str | None) -> GatewayConfig:

@@ -16,11 +16,30 @@ from services.encoder.core import BATCH_EXAMPLES, BATCH_SECONDS, BATCH_TOKENS, E
 from services.encoder.model import LocalModel, ModelWorker
 from services.gateway.assembly import serving
 from services.gateway.coarse_local import local_coarse
-from services.gateway.command import Parts, Served
+from services.gateway.command import Parts, Served, ServicesFactory
 from services.gateway.metrics import GatewayMetrics
 from services.reranker.core import RerankerCore
 from trackstar.index import Index
 from trackstar.model import LoadedModel
+
+
+def embedded_services(
+    index: str, *, model: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> ServicesFactory:
+    """The services of one index in this process; opened in a thread, so that health checks are answered meanwhile.
+
+    Args: as of `Embedded.open`, whose errors the factory raises.
+    """
+
+    @asynccontextmanager
+    async def factory(parts: Parts) -> AsyncIterator[Served]:
+        opened = await asyncio.to_thread(
+            Embedded.open, index, model=model, device=device, trust_remote_code=trust_remote_code
+        )
+        async with opened.services(parts) as served:
+            yield served
+
+    return factory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

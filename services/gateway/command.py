@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from services.gateway import logs
 from services.gateway.auth import digest_of_token, make_token
 from services.gateway.config import GatewayConfig
-from services.gateway.health import Probe
+from services.gateway.health import HealthPort, Probe
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import Gateway, Ports, Service
 from services.gateway.telemetry import Telemetry
@@ -86,9 +86,19 @@ async def serve(
     for number in signals:
         loop.add_signal_handler(number, ended.set)
     try:
-        async with services_factory(parts) as served:
+        async with AsyncExitStack() as held:
+            address, health_port = config.listen.health_address, None
+            if address is not None:
+                # Before an index is opened, which may take minutes: who asks is to know that the process lives.
+                health_port = await held.enter_async_context(HealthPort.listen(address))
+            served = await held.enter_async_context(services_factory(parts))
             gateway = Gateway(
-                config, served.services, probes=served.probes, metrics=parts.metrics, telemetry=parts.telemetry
+                config,
+                served.services,
+                probes=served.probes,
+                metrics=parts.metrics,
+                telemetry=parts.telemetry,
+                health_port=health_port,
             )
             ports = await gateway.start()
             if started is not None:

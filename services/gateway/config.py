@@ -33,20 +33,25 @@ class ListenConfig(_Section):
     metrics_address: str | None = Field(
         default="127.0.0.1:9464", description="host:port of metrics over HTTP; null for none"
     )
+    health_address: str | None = Field(
+        default=None,
+        description="host:port of a second port that answers health checks alone, in plain text and without tokens, "
+        "from before the index is opened; null for none",
+    )
     reflection: bool = Field(default=True, description="whether clients may list the services and their messages")
 
-    @field_validator("address", "metrics_address")
+    @field_validator("address", "metrics_address", "health_address")
     @classmethod
     def _has_port(cls, address: str | None) -> str | None:
         if address is not None and not address.startswith("unix:"):
             split_address(address)
         return address
 
-    @field_validator("metrics_address")
+    @field_validator("metrics_address", "health_address")
     @classmethod
-    def _is_http(cls, address: str | None) -> str | None:
+    def _is_tcp(cls, address: str | None) -> str | None:
         if address is not None and address.startswith("unix:"):
-            raise ValueError("metrics are served over TCP; give host:port")
+            raise ValueError("metrics and probes are served over TCP; give host:port")
         return address
 
 

@@ -3,13 +3,18 @@
 Contract: a service is SERVING while all its probes pass; the empty name, which stands for the whole server, while all
 probes of all services pass. Nothing is SERVING before the first look, nor ever again after `drain`. Probes run side by
 side, each within the period; changes are logged once.
+
+A `HealthPort` is for probes that have neither certificate nor token, such as a kubelet's: it repeats all that on a port
+of its own, and knows one service more, `live`, which is SERVING for as long as the event loop answers, also while an
+index is being opened and while the gateway drains.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -17,11 +22,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from services.gateway.metrics import GatewayMetrics
-from trackstar.errors import TrackstarError
+from trackstar.errors import InvalidRequest, TrackstarError
 
 _LOG = logging.getLogger(__name__)
 
 SERVICE = "grpc.health.v1.Health"
+LIVE = "live"
 _STATUS = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
@@ -38,6 +44,43 @@ class Probe:
     services: tuple[str, ...] = ()
 
 
+class HealthPort:
+    """A plain-text port that answers health checks and nothing else; made by `listen`."""
+
+    def __init__(self, servicer: health.HealthServicer, port: int) -> None:
+        self.port = port
+        self._servicer = servicer
+
+    @classmethod
+    @asynccontextmanager
+    async def listen(cls, address: str) -> AsyncIterator[HealthPort]:
+        """A port for as long as the block runs; until a `Health` says more, only `live` is SERVING.
+
+        Raises:
+            InvalidRequest: the address cannot be listened on.
+        """
+        servicer = health.HealthServicer()
+        await servicer.set("", _STATUS[False])
+        await servicer.set(LIVE, _STATUS[True])
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidRequest(
+                f"health checks cannot listen on {address}; is the port taken?", field="listen.health_address"
+            ) from error
+        await server.start()
+        try:
+            yield cls(servicer, port)
+        finally:
+            await server.stop(None)
+
+    async def tell(self, service: str, ready: bool) -> None:
+        """A service, or with "" the whole server, is ready or not."""
+        await self._servicer.set(service, _STATUS[ready])
+
+
 class Health:
     """Looks at probes and answers health checks.
 
@@ -46,15 +89,23 @@ class Health:
         probes: what they need.
         period_seconds: time between two looks.
         metrics: counts probes that fail by a defect.
+        port: hears of everything too.
     """
 
     def __init__(
-        self, services: Sequence[str], probes: Iterable[Probe], *, period_seconds: float, metrics: GatewayMetrics
+        self,
+        services: Sequence[str],
+        probes: Iterable[Probe],
+        *,
+        period_seconds: float,
+        metrics: GatewayMetrics,
+        port: HealthPort | None = None,
     ) -> None:
         self._services = tuple(services)
         self._probes = tuple(probes)
         self._period_seconds = period_seconds
         self._metrics = metrics
+        self._port = port
         self._servicer = health.HealthServicer()
         self._missing: dict[str, str] = {}
         self._known: dict[str, bool] = {}
@@ -62,7 +113,7 @@ class Health:
     async def add_to(self, server: grpc.aio.Server) -> None:
         """Answer health checks on `server`, NOT_SERVING for now."""
         for service in ("", *self._services):
-            await self._servicer.set(service, _STATUS[False])
+            await self._tell(service, False)
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def run(self) -> None:
@@ -85,11 +136,19 @@ class Health:
             ready = not any(probe.name in missing for probe in needed)
             if self._known.get(service) != ready:
                 self._known[service] = ready
-                await self._servicer.set(service, _STATUS[ready])
+                await self._tell(service, ready)
 
     async def drain(self) -> None:
-        """NOT_SERVING from now on."""
+        """NOT_SERVING from now on; `run` has to be cancelled before."""
         await self._servicer.enter_graceful_shutdown()
+        if self._port is not None:
+            for service in ("", *self._services):
+                await self._port.tell(service, False)
+
+    async def _tell(self, service: str, ready: bool) -> None:
+        await self._servicer.set(service, _STATUS[ready])
+        if self._port is not None:
+            await self._port.tell(service, ready)
 
     async def _missing_of(self, probe: Probe) -> str:
         """Why a probe fails; empty if it passes."""

@@ -26,7 +26,7 @@ from services.gateway.admission import Admission
 from services.gateway.auth import ANONYMOUS, Authenticator
 from services.gateway.config import GatewayConfig, is_loopback, split_address
 from services.gateway.health import SERVICE as HEALTH
-from services.gateway.health import Health, Probe
+from services.gateway.health import Health, HealthPort, Probe
 from services.gateway.interceptors import GatewayInterceptor
 from services.gateway.metrics import GatewayMetrics, MetricsServer
 from services.gateway.running import RunningCalls
@@ -71,6 +71,7 @@ class Gateway:
         probes: what it needs to be ready.
         metrics: counts; made for `services` if None.
         telemetry: makes spans; as configured if None.
+        health_port: a port for probes that is open already.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Gateway:
         probes: Iterable[Probe] = (),
         metrics: GatewayMetrics | None = None,
         telemetry: Telemetry | None = None,
+        health_port: HealthPort | None = None,
     ) -> None:
         self._config = config
         self._services = tuple(services)
@@ -88,7 +90,9 @@ class Gateway:
         self.metrics = metrics or GatewayMetrics(service.descriptor for service in self._services)
         self.telemetry = telemetry or Telemetry(config.tracing)
         self._running = RunningCalls()
-        self._health = Health(self._names, probes, period_seconds=config.readiness_seconds, metrics=self.metrics)
+        self._health = Health(
+            self._names, probes, period_seconds=config.readiness_seconds, metrics=self.metrics, port=health_port
+        )
         self._server: grpc.aio.Server | None = None
         self._metrics_server: MetricsServer | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -132,9 +136,9 @@ class Gateway:
             return
         seconds = self._config.drain_seconds
         _LOG.info("draining", extra={"fields": {"running": len(self._running), "seconds": seconds}})
-        await self._health.drain()
         self._looking.cancel()
         await asyncio.wait([self._looking])
+        await self._health.drain()
         self._running.drain()
         # Refused callers back off. Without this, gRPC would answer CANCELLED to calls it has and we have not seen yet.
         await asyncio.sleep(self._config.notice_seconds)

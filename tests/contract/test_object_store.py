@@ -24,6 +24,7 @@ from tests.unit.test_index import settings
 from tests.unit.test_rows import COUNTS, DIM, PER_SHARD, TOTAL, equal, flip, passage, write
 from trackstar.blobs import Location, RemotePath, local, location
 from trackstar.build import build_index, make_config
+from trackstar.cli import main
 from trackstar.describe import describe_index
 from trackstar.errors import CorruptArtifact, InvalidRequest, NotFound, NotReady, TrackstarError
 from trackstar.index import Index, load_correction
@@ -218,6 +219,7 @@ def test_an_index_is_built_there_from_a_corpus_there(
     assert build_index(make_config(wanted), "s3://indexes/made").name == generation.name
     other = build_index(make_config({**wanted, "mix": {"damping": 0.7}}), "s3://indexes/made")
     assert there.active() == other.name != generation.name
+    assert main(["audit", "s3://indexes/made", "--sample", "8"]) == 0
 
 
 def test_wrong_credentials_are_named_without_being_shown(

@@ -1,0 +1,3 @@
+{{- define "trackstar.rules" -}}
+groups: []
+{{- end -}}
