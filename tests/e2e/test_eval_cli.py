@@ -114,7 +114,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_evaluation_from_end_to_end(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = world.config(tmp_path / "eval.yaml")
+    config = world.config(tmp_path / "eval.yaml", compare=[["BM25", "gold"]])
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["eval", "facts", config, "--out", str(first), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -129,6 +129,9 @@ def test_an_evaluation_from_end_to_end(world: World, tmp_path: Path, capsys: pyt
     assert by_name["gold"]["overall"]["mrr"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert by_name["BM25"]["overall"]["mrr"]["mean"] > by_name["random"]["overall"]["mrr"]["mean"]
     assert by_name["gold"]["against_first"]["mrr"]["mean"] == 0.0
+    (pair,) = results["comparisons"]
+    assert (pair["of"], pair["from"]) == ("BM25", "gold")
+    assert {**pair, "of": 0, "from": 0} == {**by_name["BM25"]["against_first"], "of": 0, "from": 0}
     assert by_name["task mix"]["fitted"] == {"lambda": 0.5}
     assert sum(by_name["weights"]["fitted"]["weights"].values()) == pytest.approx(1.0)
     for item in results["methods"]:
@@ -217,6 +220,7 @@ def test_options_override_the_file(world: World, tmp_path: Path, capsys: pytest.
     ("changes", "code", "sentence"),
     [
         ({"methods": []}, 2, "the list is empty"),
+        ({"compare": [["gold", "none"]]}, 2, "compare: there is no method 'none'; there are gold"),
         ({"facts": "none.jsonl"}, 3, "there is no facts file 'none.jsonl'"),
         ({"queries": 13}, 2, "there are 16 facts with gold sentences"),
         ({"held_out": 0}, 2, "learns its weights from held-out queries"),

@@ -34,6 +34,7 @@ FACTS: dict[str, Any] = {
         {"name": "by chance", "kind": "random"},
     ],
     "tail_patch": {"model": MODEL, "queries": 4, "depths": [1, 3], "steps": STEPS},
+    "compare": [["gold", "BM25"], ["by chance", "gold"]],
 }
 
 
@@ -74,10 +75,20 @@ def test_facts_are_judged_by_tail_patch_too(evaluation: Path, tmp_path: Path) ->
             assert {"probability_at_1", "probability_at_3", "loss_at_1", "loss_at_3"} < step["overall"].keys()
             assert [sum(group["queries"] for group in groups) for groups in step["by"].values()] == [4, 4]
     assert found["methods"][0]["steps"][0]["against_first"]["probability_at_3"]["mean"] == 0.0
+    for pair, number in zip(found["comparisons"], (1, 2), strict=True):
+        of, less = found["methods"][number], found["methods"][number - 1]
+        assert (pair["of"], pair["from"]) == (of["name"], less["name"])
+        for step, one, other in zip(pair["steps"], of["steps"], less["steps"], strict=True):
+            for name in ("probability_at_3", "loss_at_1"):
+                expected = one["overall"][name]["mean"] - other["overall"][name]["mean"]
+                assert step[name]["mean"] == pytest.approx(expected)
+                assert step[name]["low"] <= step[name]["mean"] <= step[name]["high"]
+    assert found["comparisons"][0]["steps"] == [step["against_first"] for step in found["methods"][1]["steps"]]
     means = {item["name"]: item["steps"][1]["overall"]["probability_at_3"]["mean"] for item in found["methods"]}
     assert means["gold"] > means["by chance"]
     text = (evaluation / "results.md").read_text()
     assert "## Tail-patch" in text
+    assert text.count("| gold - BM25 |") == 2
     for name in ("### SGD", "### Adafactor", "| method | tail-patch@1 | tail-patch@3 | loss@3 (nats) |"):
         assert name in text
     assert (evaluation / "tail-patch.png").read_bytes().startswith(b"\x89PNG")

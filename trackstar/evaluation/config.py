@@ -76,12 +76,14 @@ class FactsConfig(QueriesConfig):
     """Everything that determines an evaluation of facts. Unknown keys are refused.
 
     predictions: the model whose answers are right or wrong; the facts' own `is_8b_correct` if None. tail_patch: judge
-    every method's lists by tail-patch too.
+    every method's lists by tail-patch too. compare: pairs of methods whose difference, the first less the second, is
+    measured query by query.
     """
 
     predictions: PredictionSettings | None = None
     tail_patch: TailPatchSettings | None = None
     methods: tuple[MethodSettings, ...]
+    compare: tuple[tuple[str, str], ...] = ()
 
     _some = field_validator("methods", mode="before")(some_methods)
 
@@ -90,6 +92,10 @@ class FactsConfig(QueriesConfig):
         if self.tail_patch is not None and self.tail_patch.depths[-1] > self.k:
             raise ValueError(f"the depths of tail_patch must be at most k, which is {self.k}")
         check_methods(self.methods, held_out=self.held_out, task_queries=self.task_queries)
+        names = [settings.name for settings in self.methods]
+        for name in (name for pair in self.compare for name in pair):
+            if name not in names:
+                raise ValueError(f"compare: there is no method {name!r}; there are {', '.join(names)}")
         return self
 
 

@@ -110,6 +110,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         *table(["method", *(title_of(name) for name in measures)], overall_rows(methods, measures)),
     ]
+    if pairs := results.get("comparisons"):
+        head = ["paired difference", *(title_of(name) for name in measures)]
+        rows = [[f"{pair['of']} - {pair['from']}", *(with_interval(pair[name]) for name in measures)] for pair in pairs]
+        lines += ["", "## Paired differences", "", *table(head, rows)]
     lines += group_tables(methods)
     if "categories" in methods[0]:
         lines += ["", *category_table(methods)]

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trackstar.evaluation.categories import CATEGORIES, DEPTH, shares_of
 from trackstar.evaluation.config import FactsConfig
 from trackstar.evaluation.facts import FactSet
@@ -161,7 +159,7 @@ def _tail_patch(
     measured = Patching(settings, out).measure(queries, first_of(lists, depth), on_step)
     groups = groupings([evaluated.facts[place] for place in chosen], right)
     bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
-    return summarise_patches(measured, lists, groups, bootstrap, settings.depths)
+    return summarise_patches(measured, lists, groups, bootstrap, settings.depths, config.compare)
 
 
 def _results(
@@ -176,11 +174,9 @@ def _results(
     groups = groupings(evaluated.facts, right)
     gold = [fact.gold for fact in evaluated.facts]
     methods: list[dict[str, Any]] = []
-    first: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    values = {name: measure_all(known.evaluated, gold, config.depths) for name, known in finished.items()}
     for settings in config.methods:
-        known = finished[settings.name]
-        values_QM = measure_all(known.evaluated, gold, config.depths)
-        first = values_QM if first is None else first
+        known, values_QM = finished[settings.name], values[settings.name]
         # By annotation: gold sentences are those that state the fact.
         listed = [
             [(sentences.texts[place], place in fact.gold) for place in item.positions[:DEPTH].tolist()]
@@ -193,7 +189,7 @@ def _results(
                 "settings": settings.model_dump(mode="json"),
                 "fitted": dict(known.fitted),
                 **summarise(values_QM, groups, bootstrap, config.depths),
-                "against_first": difference(values_QM, first, bootstrap, config.depths),
+                "against_first": difference(values_QM, values[config.methods[0].name], bootstrap, config.depths),
                 "categories": numbers(shares_of(evaluated.facts, listed), bootstrap, CATEGORIES),
             }
         )
@@ -219,4 +215,8 @@ def _results(
         },
         "settings": config.model_dump(mode="json"),
         "methods": methods,
+        "comparisons": [
+            {"of": one, "from": other, **difference(values[one], values[other], bootstrap, config.depths)}
+            for one, other in config.compare
+        ],
     }

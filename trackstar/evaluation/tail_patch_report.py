@@ -46,6 +46,7 @@ def summarise_patches(
     groups: Sequence[Grouping],
     bootstrap: Bootstrap,
     depths: Sequence[int],
+    compare: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """The part of results.json: every method under every step, overall, by group, and against the first method.
 
@@ -55,6 +56,7 @@ def summarise_patches(
         groups: of those queries.
         bootstrap: how intervals are made.
         depths: how many of a list's first passages count.
+        compare: pairs of methods whose difference is measured, the first less the second.
     """
     names = measure_names(depths)
     methods: list[dict[str, Any]] = [{"name": name, "steps": []} for name in lists]
@@ -70,6 +72,21 @@ def summarise_patches(
                     "against_first": numbers(values_QM - first_QM, bootstrap, names),
                 }
             )
+    comparisons = [
+        {
+            "of": one,
+            "from": other,
+            "steps": [
+                numbers(
+                    values_of(measured, step, lists[one], depths) - values_of(measured, step, lists[other], depths),
+                    bootstrap,
+                    names,
+                )
+                for step in measured.steps
+            ],
+        }
+        for one, other in compare
+    ]
     return {
         "queries": len(measured.queries),
         "depths": list(depths),
@@ -78,6 +95,7 @@ def summarise_patches(
         "pairs": sum(len(known) for known in next(iter(measured.effects.values()))),
         "steps": [{"name": name, "settings": step.model_dump(mode="json")} for name, step in measured.steps.items()],
         "methods": methods,
+        "comparisons": comparisons,
     }
 
 
@@ -116,6 +134,12 @@ def patch_tables(section: Mapping[str, Any]) -> list[str]:
             ]
             lines += ["", f"Tail-patch@{depths[-1]} by {title}, numbers of queries in parentheses:", ""]
             lines += table(head, rows)
+    if pairs := section.get("comparisons"):
+        head = ["paired difference", *(step["name"] for step in section["steps"])]
+        rows = [
+            [f"{pair['of']} - {pair['from']}", *(_points(found[deepest]) for found in pair["steps"])] for pair in pairs
+        ]
+        lines += ["", f"### Paired differences of tail-patch@{depths[-1]}", "", *table(head, rows)]
     return lines
 
 
