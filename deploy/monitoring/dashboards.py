@@ -224,8 +224,11 @@ def encoders() -> Dashboard:
                     lines(
                         "Time of a batch",
                         "s",
-                        quantiles(ray, "ray_trackstar_encode_batch_duration_seconds"),
-                        about="On Ray.",
+                        [
+                            *quantiles(ray, "ray_trackstar_encode_batch_duration_seconds"),
+                            Query(mean(gateway, "trackstar_encode_batch_duration_seconds"), "mean, in one process"),
+                        ],
+                        about="Quantiles are those on Ray.",
                         width=12,
                     ),
                     lines(

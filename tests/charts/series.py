@@ -1,6 +1,6 @@
 """Series that rules and dashboards name and the gateway does not tell of, with the labels that are used of them.
 
-`test_monitoring_ray.py` verifies what Ray exports on a cluster that runs; the names for GPUs are compared with Ray's table.
+`tests/service/ray_cases.py` looks for Ray's on a cluster that runs; those of GPUs are compared with Ray's own table.
 cAdvisor's name and labels are as Kubernetes documents them (Metrics For Kubernetes System Components).
 """
 

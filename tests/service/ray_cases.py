@@ -5,6 +5,7 @@ Run by `test_ray.py`, in a network of its own where that is possible: Serve and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from services.gateway.coarse_milvus import fill_collection
 from services.gateway.config import MilvusConfig
+from tests.charts.series import RAY, RAY_GPU, RAY_JOB
 from tests.milvus_process import MilvusProcess
 from tests.service import demo_index
 from tests.service.ray_process import GatewayProcess, RayProcess
@@ -263,3 +267,48 @@ def test_metrics_of_gateway_and_replicas(system: System) -> None:
     ):
         assert name in text
     assert "trackstar_defects_total 0.0" in text
+
+
+# A job's gauges are there as long as its process is.
+JOB = """
+import time
+import ray
+from services.reindex.metrics import RayProgressMetrics
+from trackstar.jobs import SHARD_STATES, JobProgress
+
+ray.init(address="auto", log_to_driver=False)
+metrics = RayProgressMetrics()
+shards = dict.fromkeys(SHARD_STATES, 1)
+metrics.show(JobProgress(job_id="j", state="CODING", shards=shards, recall=0.9, started_seconds=0, updated_seconds=0))
+time.sleep(25)
+"""
+
+
+def test_ray_tells_of_the_series_that_dashboards_show(system: System) -> None:
+    """Those that a call leaves, one that is given up among them, and those of a job."""
+    with Client(system.gateway.address, timeout_seconds=60, retry=ONCE) as client, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(system.ray.run, JOB)
+        missing: set[str] = set()
+        until = time.monotonic() + 90
+        while time.monotonic() < until:
+            client.trace(*demo_index.QUERIES[0], **OPTIONS)
+            with contextlib.suppress(TrackstarError):
+                client.trace(*demo_index.QUERIES[0], **OPTIONS, timeout_seconds=0.03)
+            missing = min((untold(text) for text in system.ray.metrics()), key=len)
+            if not missing:
+                break
+            time.sleep(2)
+        job.result()
+    assert not missing
+    gpus = {f"ray_{name}": set(gauge.tags) for name, gauge in METRICS_GAUGES.items()}
+    for name, labels in RAY_GPU.items():
+        assert gpus[name] >= set(labels)
+
+
+def untold(text: str) -> set[str]:
+    """Series that an exporter does not tell of with the labels that are used of them."""
+    told: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            told.setdefault(sample.name, set()).update(sample.labels)
+    return {name for name, labels in {**RAY, **RAY_JOB}.items() if not told.get(name, set()) >= {*labels}}
