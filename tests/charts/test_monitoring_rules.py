@@ -14,6 +14,7 @@ import yaml
 from grpc import StatusCode
 from helm_python.errors import HelmRenderError
 
+from deploy.monitoring.dashboards import DASHBOARDS
 from services.gateway.metrics import GatewayMetrics
 from tests.charts.prometheus import (
     JOB,
@@ -28,6 +29,7 @@ from tests.charts.prometheus import (
 from tests.charts.rendering import MINIMAL, ROOT, merged, render
 
 RUNBOOKS = ROOT / "docs" / "runbooks"
+PAGE = ROOT / "docs" / "monitoring.md"
 ALERTS = {rule["alert"] for rule in rules_of(rules()) if "alert" in rule}
 # Labels by which the tests tell alerts of one name apart.
 TOLD_APART = ("severity", "long", "backend", "generation", "pod")
@@ -347,6 +349,25 @@ def test_an_alert_fires_when_its_cause_is_there_and_not_otherwise(case: Case, ru
     path.write_text(yaml.safe_dump(test))
     found = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@needs_prometheus
+def test_the_page_scrapes_with_a_configuration_that_is_one(rules_file: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    path = tmp_path / "prometheus.yaml"
+    path.write_text(f"rule_files: [{rules_file}]\n{block}")
+    found = subprocess.run(["promtool", "check", "config", str(path)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert JOB.replace("ts-", "RELEASE-", 1) in block
+
+
+def test_the_page_tells_of_every_alert_and_dashboard() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"\(runbooks/(\w+)\.md\)", page)) == ALERTS
+    for make in DASHBOARDS.values():
+        title = make().build().title
+        assert title is not None
+        assert f"| {title.removeprefix('TrackStar / ')} |" in page
 
 
 def test_every_alert_is_tested_to_fire_and_not_to() -> None:
