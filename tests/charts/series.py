@@ -1,6 +1,6 @@
 """Series that rules and dashboards name and the gateway does not tell of, with the labels that are used of them.
 
-`tests/service/ray_cases.py` looks for Ray's on a cluster that runs; those of GPUs are compared with Ray's own table.
+`tests/service/ray_cases.py` looks for Ray's on a cluster that runs; those of GPUs are looked up in its own table.
 cAdvisor's name and labels are as Kubernetes documents them (Metrics For Kubernetes System Components).
 """
 

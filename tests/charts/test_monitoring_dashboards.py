@@ -7,9 +7,11 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from deploy.monitoring.dashboards import DASHBOARDS, FOLDER, as_json
 from tests.charts.rendering import MINIMAL, merged, of_kind, render
+from tests.charts.series import RAY_GPU
 
 NAMES = sorted(DASHBOARDS)
 
@@ -73,3 +75,9 @@ def test_dashboards_come_with_the_chart_as_they_are() -> None:
 
 def test_dashboards_can_be_left_out() -> None:
     assert not config_maps(dashboards=False)
+
+
+def test_series_of_gpus_are_in_rays_own_table() -> None:
+    table = {f"ray_{name}": set(gauge.view.columns) for name, gauge in METRICS_GAUGES.items()}
+    for name, labels in RAY_GPU.items():
+        assert table[name].issuperset(labels)
