@@ -6,12 +6,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.charts.rendering import MINIMAL, Values, merged, one, render
+from tests.charts.rendering import MINIMAL, ROOT, Values, merged, one, render
 
+RUNBOOKS = ROOT / "docs" / "runbooks"
 RELEASE, NAMESPACE = "ts", "prod"
 JOB = "ts-trackstar-gateway-headless"
 MILVUS_MEMORY_BYTES = 8 << 30
@@ -60,3 +62,11 @@ def grouped_by(expr: str) -> set[str]:
 def series(name: str, **labels: str) -> str:
     """A series as Prometheus writes it."""
     return name + "{" + ",".join(f'{label}="{value}"' for label, value in labels.items()) + "}"
+
+
+def written_out(book: Path) -> list[str]:
+    """Expressions that a runbook tells to ask: indented lines that are no commands."""
+    lines = re.findall(
+        r"^    (?!kubectl |trackstar |python )(\S.*\{.*)", book.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return [line.replace("NAMESPACE", NAMESPACE) for line in lines]

@@ -27,12 +27,14 @@ from tests.charts import series as known
 from tests.charts.prometheus import (
     JOB,
     NAMESPACE,
+    RUNBOOKS,
     grouped_by,
     needs_prometheus,
     rules,
     rules_of,
     selectors,
     series,
+    written_out,
 )
 from tests.charts.prometheus_process import PrometheusProcess, wait_until
 from tests.service import demo_index
@@ -125,9 +127,10 @@ def panels() -> list[tuple[str, str]]:
 
 
 def expressions() -> list[tuple[str, str]]:
-    """Every expression of rules and panels, and where it is."""
+    """Every expression of rules, panels and runbooks, and where it is."""
     of_rules = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules_of(rules())]
-    return of_rules + panels()
+    of_books = [(book.name, expr) for book in sorted(RUNBOOKS.glob("*.md")) for expr in written_out(book)]
+    return of_rules + panels() + of_books
 
 
 def test_every_series_that_is_named_is_there_with_its_labels(system: System) -> None:
@@ -253,8 +256,8 @@ def put_in(expr: str) -> str:
 
 @needs_prometheus
 def test_every_expression_is_answered(prometheus: PrometheusProcess) -> None:
-    for rule in rules_of(rules()):
-        prometheus.query(rule["expr"])
+    for _, expr in expressions():
+        prometheus.query(put_in(expr))
     missing = {expr: place for place, expr in panels()}
 
     def is_answered() -> bool:
