@@ -325,10 +325,10 @@ def encoders() -> Dashboard:
     )
 
 
-def reindex() -> Dashboard:
+def jobs() -> Dashboard:
     """Jobs that build another generation."""
     return dashboard(
-        "reindex",
+        "jobs",
         "Reindex jobs",
         [
             (
@@ -470,7 +470,7 @@ def _best_z_score(quantile: float, offset: str) -> str:
     return f"histogram_quantile({quantile}, sum by (le) (rate({gateway('trackstar_best_z_score_bucket')}[1h]{offset})))"
 
 
-DASHBOARDS = {made.__name__: made for made in (calls, stages, encoders, reindex, quality)}
+DASHBOARDS = {made.__name__: made for made in (calls, stages, encoders, jobs, quality)}
 
 
 def as_json(made: Dashboard) -> str:
