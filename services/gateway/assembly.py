@@ -118,6 +118,10 @@ class _Observer:
         """One call had so many passages scored exactly."""
         self._parts.metrics.candidates(count)
 
+    def best_z_score(self, z_score: float) -> None:
+        """The best proponent of one call stands so far above the background."""
+        self._parts.metrics.best_z_score(z_score)
+
     def span(self, name: str) -> AbstractContextManager[object]:
         """Around the work of a stage."""
         return self._parts.telemetry.span(name)

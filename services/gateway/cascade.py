@@ -131,7 +131,7 @@ class Cascade:
                     if best_so_far:
                         yield Part(reranked=await self._best_so_far(asked, generation, ranked, known, stages))
                 assert ranked is not None, "there is always a final ranking"
-                self._observer.candidates(ranked.rankings.examined)
+                self._observe(asked, ranked.rankings)
                 if asked.page_size < asked.k:
                     self._recent.put(generation.name, asked.digest, ranked)
             page.more = not ranked.rankings.ends_at(page.offset + asked.page_size)
@@ -157,6 +157,14 @@ class Cascade:
         finally:
             for name, seconds in stages.seconds.items():
                 self._observer.stage(name, seconds)
+
+    def _observe(self, asked: AskedTrace, rankings: Rankings) -> None:
+        self._observer.candidates(rankings.examined)
+        # With a filter the best of a part says nothing about the index.
+        if asked.filter is None and False in asked.opponents:
+            z_score = rankings.best_z_score(asked.opponents.index(False))
+            if z_score is not None:
+                self._observer.best_z_score(z_score)
 
     async def _encode(self, asked: AskedTrace, generation: ServedGeneration, stages: Stages) -> _Encoded:
         request = encoder_pb2.EncodeRequest(generation=generation.name, query=asked.query, complete=asked.complete)

@@ -38,6 +38,8 @@ _SECONDS = (
     300.0,
     600.0,
 )
+# Standard deviations; what stands out of a large corpus lies between 3 and 30.
+_Z_SCORES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.5, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 100.0)
 _CANDIDATES = tuple(float(10**power * step) for power in range(1, 9) for step in (1, 3))
 
 
@@ -103,6 +105,12 @@ class GatewayMetrics:
             "trackstar_candidates",
             "Passages scored exactly for one call.",
             buckets=_CANDIDATES,
+            registry=self.registry,
+        )
+        self._best_z_score = Histogram(
+            "trackstar_best_z_score",
+            "Z-score of the best proponent of a trace without a filter.",
+            buckets=_Z_SCORES,
             registry=self.registry,
         )
         self._rejected = Counter(
@@ -185,6 +193,10 @@ class GatewayMetrics:
     def candidates(self, count: int) -> None:
         """One call had so many passages scored exactly."""
         self._candidates.observe(count)
+
+    def best_z_score(self, z_score: float) -> None:
+        """The best proponent of one call stands so far above the background."""
+        self._best_z_score.observe(z_score)
 
     def row_bytes(self, count: int) -> None:
         """So many bytes of rows were read."""

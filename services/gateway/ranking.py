@@ -85,6 +85,10 @@ class Rankings:
             )
         ]
 
+    def best_z_score(self, end: int) -> float | None:
+        """Of the first place of a ranking; None if the ranking is empty."""
+        return z_score(float(self.scores[end][0]), self.background) if len(self.scores[end]) else None
+
     def ends_at(self, offset: int) -> bool:
         """Whether no ranking goes on at `offset`."""
         return all(len(ids) <= offset for ids in self.ids)
@@ -106,14 +110,18 @@ class Place:
         evidence: Mapping[int, common_pb2.Evidence],
     ) -> common_pb2.Influence:
         """The place with its passage, its distance from the background, and its evidence if there is any."""
-        std = background.std
         return common_pb2.Influence(
             rank=self.rank,
             score=self.score,
-            z_score=(self.score - background.mean) / std if std > 0 else 0.0,
+            z_score=z_score(self.score, background),
             passage=passages[self.passage_id],
             evidence=evidence.get(self.passage_id),
         )
+
+
+def z_score(score: float, background: common_pb2.Background) -> float:
+    """How many standard deviations a score lies above the background; 0 without a background."""
+    return (score - background.mean) / background.std if background.std > 0 else 0.0
 
 
 def rerank_end(candidates: NDArray[np.int64], *, opponents: bool) -> reranker_pb2.RerankEnd:

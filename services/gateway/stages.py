@@ -16,13 +16,16 @@ Answer = TypeVar("Answer")
 
 
 class StageObserver(Protocol):
-    """Hears how long stages took and how many passages were scored."""
+    """Hears how long stages took, how many passages were scored, and how far the best stood out."""
 
     def stage(self, name: str, seconds: float) -> None:
         """A stage of one call took so long in all."""
 
     def candidates(self, count: int) -> None:
         """One call had so many passages scored exactly."""
+
+    def best_z_score(self, z_score: float) -> None:
+        """The best proponent of one call, among all passages, stands so far above the background."""
 
     def span(self, name: str) -> AbstractContextManager[object]:
         """Around the work of a stage, for whoever traces calls."""
@@ -35,6 +38,9 @@ class Unobserved:
         """Nothing."""
 
     def candidates(self, count: int) -> None:
+        """Nothing."""
+
+    def best_z_score(self, z_score: float) -> None:
         """Nothing."""
 
     def span(self, name: str) -> AbstractContextManager[object]:

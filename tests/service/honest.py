@@ -383,6 +383,7 @@ class Observed:
 
     stages: list[str] = field(default_factory=list)
     examined: list[int] = field(default_factory=list)
+    z_scores: list[float] = field(default_factory=list)
 
     def stage(self, name: str, seconds: float) -> None:
         assert seconds >= 0
@@ -390,6 +391,9 @@ class Observed:
 
     def candidates(self, count: int) -> None:
         self.examined.append(count)
+
+    def best_z_score(self, z_score: float) -> None:
+        self.z_scores.append(z_score)
 
     def span(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()

@@ -5,6 +5,7 @@ Run by `test_ray.py`, in a network of its own where that is possible: Serve and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.coarse_milvus import fill_collection
 from services.gateway.config import MilvusConfig
+from tests.charts.series import RAY, RAY_JOB
 from tests.milvus_process import MilvusProcess
 from tests.service import demo_index
 from tests.service.ray_process import GatewayProcess, RayProcess
@@ -263,3 +266,52 @@ def test_metrics_of_gateway_and_replicas(system: System) -> None:
     ):
         assert name in text
     assert "trackstar_defects_total 0.0" in text
+
+
+# A job's gauges are there as long as its process is: until somebody has seen them.
+JOB = """
+import time
+from pathlib import Path
+
+import ray
+from services.reindex.metrics import RayProgressMetrics
+from trackstar.jobs import SHARD_STATES, JobProgress
+
+ray.init(address="auto", log_to_driver=False)
+metrics = RayProgressMetrics()
+shards = dict.fromkeys(SHARD_STATES, 1)
+metrics.show(JobProgress(job_id="j", state="CODING", shards=shards, recall=0.9, started_seconds=0, updated_seconds=0))
+until = time.monotonic() + 100
+while not Path("seen").exists() and time.monotonic() < until:
+    time.sleep(0.2)
+"""
+
+
+def test_ray_tells_of_the_series_that_dashboards_show(system: System) -> None:
+    """Those that a call leaves, one that is given up among them, and those of a job."""
+    with Client(system.gateway.address, timeout_seconds=60, retry=ONCE) as client, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(system.ray.run, JOB)
+        missing: set[str] = set()
+        until = time.monotonic() + 90
+        while time.monotonic() < until:
+            client.trace(*demo_index.QUERIES[0], **OPTIONS)
+            with contextlib.suppress(TrackstarError):
+                client.trace(*demo_index.QUERIES[0], **OPTIONS, timeout_seconds=0.03)
+            missing = min((untold(text) for text in system.ray.metrics()), key=len)
+            if not missing:
+                break
+            time.sleep(1)
+        (system.ray.folder / "seen").touch()
+        job.result()
+    assert not missing
+
+
+def untold(text: str) -> set[str]:
+    """Series that an exporter does not tell of with the labels that are used of them."""
+    told: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            told.setdefault(sample.name, set()).update(sample.labels)
+    return {
+        name for name, labels in {**RAY, **RAY_JOB}.items() if name not in told or not told[name].issuperset(labels)
+    }

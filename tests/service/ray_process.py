@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,7 @@ class RayProcess:
             ],
         }
         (self.folder / "serve.yaml").write_text(yaml.safe_dump(config))
-        environment = {
-            **os.environ,
+        self._environment = {
             "RAY_TMPDIR": str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
@@ -68,7 +69,7 @@ class RayProcess:
             self._process = subprocess.Popen(
                 [Path(sys.executable).with_name("serve"), "run", "serve.yaml"],
                 cwd=self.folder,
-                env=environment,
+                env={**os.environ, **self._environment},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -78,6 +79,20 @@ class RayProcess:
     def address(self) -> str:
         """Of Serve's gRPC proxy."""
         return f"127.0.0.1:{self.grpc_port}"
+
+    def metrics(self) -> list[str]:
+        """What each exporter of the node tells, as Prometheus would read it."""
+        found = json.loads((self.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+        texts = []
+        for address in (address for group in found for address in group["targets"]):
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+                texts.append(response.read().decode())
+        return texts
+
+    def run(self, code: str) -> None:
+        """Run a few lines of Python on the cluster, as a job of its own."""
+        environment = {**os.environ, **self._environment}
+        subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=environment, check=True, timeout=120)
 
     def pids(self, title: str) -> Sequence[int]:
         """Processes of this cluster whose title begins so, such as `ray::ServeReplica:trackstar:Encoder`."""

@@ -101,6 +101,21 @@ def test_every_passage_is_scored_where_that_costs_no_more(catalog: Catalog) -> N
     _run(work())
 
 
+def test_how_far_the_best_proponent_stands_out_is_observed(catalog: Catalog) -> None:
+    async def work() -> None:
+        async with serving(catalog) as gateway:
+            both = await gateway.trace.Trace(_request(k=3))
+            assert gateway.observed.z_scores == [pytest.approx(both.proponents[0].z_score)]
+            # Another page of the same ranking, opponents alone, and the best of a part of the corpus tell nothing new.
+            paged = await gateway.trace.Trace(_request(k=4, page_size=2))
+            await gateway.trace.Trace(_request(k=4, page_size=2, page_token=paged.next_page_token))
+            await gateway.trace.Trace(_request(k=3, ends=trace_pb2.ENDS_OPPONENTS))
+            await gateway.trace.Trace(_request(k=3, filter=common_pb2.Filter(sources=["web"])))
+            assert gateway.observed.z_scores == [pytest.approx(both.proponents[0].z_score)] * 2
+
+    _run(work())
+
+
 @pytest.mark.parametrize(
     ("candidates", "ends", "scans"),
     [(299, 1, False), (300, 1, True), (599, 2, False), (600, 2, True), (599, 3, False)],
