@@ -244,7 +244,7 @@ def test_overlap_and_distinctness_worked_out_by_hand() -> None:
     query = Query(query_id="q", prompt="The kettle whistles because", target="the water boils.")
     # Of the, kettle, whistles, because, water, boils the first passage has three and the second one.
     texts = ["Water in the kettle", "It boils"]
-    assert overlaps(query, texts) == (1.0, pytest.approx((3 / 6 + 1 / 6) / 2))
+    assert overlaps(query, texts) == pytest.approx((1.0, pytest.approx((3 / 6 + 1 / 6) / 2)))
     assert overlaps(query, texts[1:]) == (pytest.approx(1 / 3), pytest.approx(1 / 6))
     assert overlaps(query, []) == (0.0, 0.0)
     assert overlaps(Query(query_id="q", prompt="?", target="!"), texts) == (0.0, 0.0)
