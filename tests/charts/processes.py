@@ -1,6 +1,6 @@
 """A small kubelet for tests: what a rendered pod would start on a node is started here, as processes.
 
-A pod's ConfigMaps, Secrets and volumes are laid out as files; each container gets the command, arguments and environment
+A pod's ConfigMaps, Secrets and volumes are laid out as files; each container gets command, arguments and environment
 of its manifest over those of the image (`deploy/Dockerfile`) and nothing of this process's own; its probes are asked as
 the kubelet asks them, and it is ended by SIGTERM within the pod's grace period. An image is stood in for by this
 repository, in place of `/opt/trackstar`, and by the environment that runs the tests, in place of `/opt/venv`. Two
@@ -311,7 +311,8 @@ class Pod:
 
     def _folder(self, volume: Object) -> Path:
         if "persistentVolumeClaim" in volume:
-            return self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
+            claim: Path = self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
+            return claim
         path = self.folder / "volumes" / volume["name"]
         path.mkdir(parents=True)
         return path

@@ -244,8 +244,8 @@ def test_overlap_and_distinctness_worked_out_by_hand() -> None:
     query = Query(query_id="q", prompt="The kettle whistles because", target="the water boils.")
     # Of the, kettle, whistles, because, water, boils the first passage has three and the second one.
     texts = ["Water in the kettle", "It boils"]
-    assert overlaps(query, texts) == pytest.approx((1.0, pytest.approx((3 / 6 + 1 / 6) / 2)))
-    assert overlaps(query, texts[1:]) == (pytest.approx(1 / 3), pytest.approx(1 / 6))
+    assert overlaps(query, texts) == pytest.approx((1.0, (3 / 6 + 1 / 6) / 2))
+    assert overlaps(query, texts[1:]) == pytest.approx((1 / 3, 1 / 6))
     assert overlaps(query, []) == (0.0, 0.0)
     assert overlaps(Query(query_id="q", prompt="?", target="!"), texts) == (0.0, 0.0)
     assert shared_share(np.array([1, 2, 3, 4]), np.array([4, 9, 2])) == 0.5
