@@ -167,7 +167,8 @@ class Container:
             )
 
     def _mounts(self) -> list[Object]:
-        return self.spec.get("volumeMounts", [])
+        mounts: list[Object] = self.spec.get("volumeMounts", [])
+        return mounts
 
     def _environment(self) -> dict[str, str]:
         cluster = self._pod.cluster
@@ -313,7 +314,7 @@ class Pod:
         if "persistentVolumeClaim" in volume:
             claim: Path = self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
             return claim
-        path = self.folder / "volumes" / volume["name"]
+        path: Path = self.folder / "volumes" / volume["name"]
         path.mkdir(parents=True)
         return path
 
