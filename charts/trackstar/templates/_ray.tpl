@@ -10,6 +10,15 @@ metrics-export-port: "8080"
 min-worker-port: "10100"
 max-worker-port: "10999"
 disable-usage-stats: "true"
+{{- /* Ray would take 30% of the memory, and put it on disk where /dev/shm has less. */}}
+object-store-memory: {{ include "trackstar.bytes" .Values.ray.sharedMemory | float64 | mulf 0.95 | floor | int64 | quote }}
+{{- end -}}
+
+{{/* Bytes of a quantity, such as 2Gi. */}}
+{{- define "trackstar.bytes" -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $unit := toString . | regexFind "[kmMGT]i?$" -}}
+{{- toString . | trimSuffix $unit | float64 | mulf (get $units $unit | default 1 | float64) | floor | int64 -}}
 {{- end -}}
 
 {{/* Spec of a pod: (dict "root" $ "component" serve|reindex "kind" head|worker "group" values "autoscaling" bool) */}}
