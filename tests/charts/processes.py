@@ -330,9 +330,8 @@ class Pod:
 
     def _folder(self, volume: Object) -> Path:
         if "persistentVolumeClaim" in volume:
-            name: str = volume["persistentVolumeClaim"]["claimName"]
-            return self.cluster.claims[name]
-        path = self.folder / "volumes" / volume["name"]
+            return self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
+        path: Path = self.folder / "volumes" / volume["name"]
         path.mkdir(parents=True)
         return path
 
