@@ -1,6 +1,6 @@
 """A small kubelet for tests: what a rendered pod would start on a node is started here, as processes.
 
-A pod's ConfigMaps, Secrets and volumes are laid out as files; each container gets command, arguments and environment
+A pod's ConfigMaps, Secrets and volumes are laid out as files; each container gets the command, arguments, environment
 of its manifest over those of the image (`deploy/Dockerfile`) and nothing of this process's own; its probes are asked as
 the kubelet asks them, and it is ended by SIGTERM within the pod's grace period. An image is stood in for by this
 repository, in place of `/opt/trackstar`, and by the environment that runs the tests, in place of `/opt/venv`. Two
@@ -40,6 +40,7 @@ from tests.service.ray_process import free_port
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 _WORKDIR = "/tmp"
 _LOOK_SECONDS = 0.2
+_RESTARTS = 2
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,7 +74,10 @@ class Node(Protocol):
     def text(self, text: str, mounts: Mapping[str, Path]) -> str:
         """What stands in a manifest, as it holds here."""
 
-    def command(self, words: Sequence[str], mounts: Mapping[str, tuple[Path, bool]]) -> list[str]:
+    def prepare(self, folder: Path, volume: Object, security: Object) -> None:
+        """Make a volume what the pod's security context wants it to be."""
+
+    def command(self, words: Sequence[str], mounts: Mapping[str, tuple[Path, bool]], security: Object) -> list[str]:
         """The words that start a container; `mounts` are its folders, and whether it may write."""
 
     def workdir(self, mounts: Mapping[str, Path]) -> Path:
@@ -112,7 +116,10 @@ class LocalNode:
         places = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, longest))})(?![\w.-])")
         return places.sub(lambda found: {**addresses, **paths}[found.group()], text)
 
-    def command(self, words: Sequence[str], mounts: Mapping[str, tuple[Path, bool]]) -> list[str]:
+    def prepare(self, folder: Path, volume: Object, security: Object) -> None:
+        pass
+
+    def command(self, words: Sequence[str], mounts: Mapping[str, tuple[Path, bool]], security: Object) -> list[str]:
         return list(words)
 
     def workdir(self, mounts: Mapping[str, Path]) -> Path:
@@ -142,6 +149,8 @@ class Container:
         self.log = pod.folder / f"{self.name}.log"
         self._pod = pod
         self._process: subprocess.Popen[bytes] | None = None
+        # How often its end was made good by another start.
+        self.restarts = 0
 
     def start(self) -> None:
         """Start its command."""
@@ -150,6 +159,7 @@ class Container:
             item["mountPath"]: (pod.volumes[item["name"]], not item.get("readOnly", False)) for item in self._mounts()
         }
         folders = {path: folder for path, (folder, _) in mounts.items()}
+        security = {**pod.template["spec"]["securityContext"], **self.spec["securityContext"]}
         words = [*self.spec["command"], *self.spec.get("args", [])]
         # Kubernetes fills $(NAME) in, from what stands before.
         environment: dict[str, str] = {}
@@ -158,7 +168,7 @@ class Container:
         words = [re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), word) for word in words]
         with self.log.open("ab") as stream:
             self._process = subprocess.Popen(
-                pod.node.command([pod.node.text(word, folders) for word in words], mounts),
+                pod.node.command([pod.node.text(word, folders) for word in words], mounts, security),
                 cwd=pod.node.workdir(folders),
                 env={name: pod.node.text(value, folders) for name, value in environment.items()},
                 stdin=subprocess.DEVNULL,
@@ -167,8 +177,8 @@ class Container:
             )
 
     def _mounts(self) -> list[Object]:
-        mounts: list[Object] = self.spec.get("volumeMounts", [])
-        return mounts
+        found: list[Object] = self.spec.get("volumeMounts", [])
+        return found
 
     def _environment(self) -> dict[str, str]:
         cluster = self._pod.cluster
@@ -190,11 +200,6 @@ class Container:
         """Of its command."""
         assert self._process is not None
         return self._process.pid
-
-    def check(self) -> None:
-        """Fail if it has ended."""
-        assert self._process is not None
-        assert self._process.poll() is None, self.said()
 
     def said(self) -> str:
         """Its output."""
@@ -256,12 +261,24 @@ class Container:
         patience = probe.get("failureThreshold", 3) * probe.get("periodSeconds", 10) if kind == "startupProbe" else 600
         until = time.monotonic() + patience
         while said := self.probe(kind):
-            self.check()
+            self.keep()
             assert time.monotonic() < until, f"{kind} of {self.name}: {said}\n{self.said()}"
             time.sleep(_LOOK_SECONDS)
 
+    def keep(self) -> None:
+        """Start it again if it has ended and its pod wants that; not for ever."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            return
+        assert self._pod.template["spec"].get("restartPolicy", "Always") == "Always", self.said()
+        assert self.restarts < _RESTARTS, self.said()
+        self.restarts += 1
+        self.start()
+
     def drain(self) -> None:
-        """SIGTERM; readiness must say NOT_SERVING, and the exit code must be 0 within the grace period."""
+        """SIGTERM; readiness must say NOT_SERVING, the exit code be 0 within the grace period, and nothing has failed
+        before."""
+        assert self.restarts == 0, self.said()
         probe = self.spec["readinessProbe"]["grpc"]
         began = time.monotonic()
         grace: int = self._pod.template["spec"].get("terminationGracePeriodSeconds", 30)
@@ -308,12 +325,12 @@ class Pod:
         mounts = [mount for item in (*self.init, *self.containers) for mount in item.spec.get("volumeMounts", [])]
         folders = {item["mountPath"]: self.volumes[item["name"]] for item in mounts}
         for item in spec.get("volumes", []):
+            self.node.prepare(self.volumes[item["name"]], item, spec["securityContext"])
             self._fill(item, folders)
 
     def _folder(self, volume: Object) -> Path:
         if "persistentVolumeClaim" in volume:
-            claim: Path = self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
-            return claim
+            return self.cluster.claims[volume["persistentVolumeClaim"]["claimName"]]
         path: Path = self.folder / "volumes" / volume["name"]
         path.mkdir(parents=True)
         return path

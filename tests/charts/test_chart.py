@@ -472,6 +472,17 @@ def test_ray_start_takes_every_parameter() -> None:
             assert {f"--{name}" for name in group["rayStartParams"]} <= options
 
 
+@pytest.mark.parametrize(
+    ("quantity", "num_bytes"),
+    [("2Gi", 2 << 30), ("256Mi", 256 << 20), ("1.5G", 1.5e9), (3 << 30, 3 << 30), ("16Gi", 16 << 30)],
+)
+def test_ray_s_objects_fit_into_shared_memory(quantity: str | int, num_bytes: float) -> None:
+    # More than there is, and Ray puts them on disk.
+    made = cluster(render(merged(MINIMAL, {"ray": {"sharedMemory": quantity}})))
+    for group in (made["headGroupSpec"], *made["workerGroupSpecs"]):
+        assert int(group["rayStartParams"]["object-store-memory"]) == pytest.approx(0.95 * num_bytes, rel=1e-6)
+
+
 @pytest.mark.parametrize("values", [MINIMAL, EMBEDDED, *map(preset, NAMES)], ids=["minimal", "embedded", *NAMES])
 def test_lint(values: Values) -> None:
     report = helm_python.lint(str(CHART), values=values, strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from services.gateway.auth import digest_of_token
+from tests.charts import pod_network
 from tests.charts.processes import PROBES, Cluster, Pod
 from tests.charts.rendering import ROOT, gateway_pod, one, preset, render
 
@@ -79,3 +82,22 @@ def test_the_laptop_preset_from_init_to_drain(laptop: tuple[Cluster, Pod], tmp_p
     assert "token" in refused.containers[0].said()
     assert gateway.probe("livenessProbe") == ""
     gateway.drain()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pod_network.is_possible(), reason="pods with a network of their own need root")
+def test_the_distributed_service_as_pods() -> None:
+    cases = str(Path(__file__).with_name("process_cases.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--durations=0", "-p", "no:cacheprovider", cases]
+    found = subprocess.run(
+        pod_network.isolated(command),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout[-8000:]
+    assert " passed" in found.stdout
+    print(found.stdout)
