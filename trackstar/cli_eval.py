@@ -37,103 +37,71 @@ _UNITS = {
 
 _Config = Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")]
+_Queries = Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")]
+_Seed = Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")]
 _Json = Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")]
-
-
-@evaluation.callback()
-def _root() -> None:
-    """Keeps a single subcommand a subcommand."""
 
 
 @evaluation.command()
 def facts(
     config: _Config,
     out: _Out,
-    queries: Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    queries: _Queries = None,
+    seed: _Seed = None,
     as_json: _Json = False,
 ) -> None:
     """Rank every sentence for every fact by every method, and measure which rankings find the gold sentences."""
     from trackstar.evaluation.config import FactsConfig, make_config
-    from trackstar.index_config import read_config
 
-    content = read_config(config)
-    content |= {name: value for name, value in (("queries", queries), ("seed", seed)) if value is not None}
-    settings = make_config(FactsConfig, content)
+    settings = make_config(FactsConfig, _content(config, queries=queries, seed=seed))
     from trackstar.evaluation.run import evaluate_facts
 
-    quieten()
-    console = Console(stderr=True)
-    with contextlib.ExitStack() as held:
-        progress = held.enter_context(StepProgress(console))
-        results = evaluate_facts(
-            settings,
-            out,
-            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")),
-        )
-    if as_json:
-        print_json(results)
-    else:
-        _show(Console(), results)
-    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+    results = _run(lambda on_step: evaluate_facts(settings, out, on_step=on_step))
+    _answer(results, out, _show, "results, tables, plots and retrievals", as_json=as_json)
 
 
 @evaluation.command(name="tail-patch")
 def tail_patch(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
-    out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and retrievals.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+    config: _Config,
+    out: _Out,
+    as_json: _Json = False,
 ) -> None:
     """Measure how much the passages of lists from files move the model, one training step on each."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.patch_settings import TailPatchConfig
-    from trackstar.index_config import read_config
 
-    settings = make_config(TailPatchConfig, read_config(config))
+    settings = make_config(TailPatchConfig, _content(config))
     from trackstar.evaluation.tail_patch_run import evaluate_tail_patch
 
-    quieten()
-    console = Console(stderr=True)
-    with StepProgress(console) as progress:
-        results = evaluate_tail_patch(
-            settings, out, on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS[step])
-        )
-    if as_json:
-        print_json(results)
-    else:
-        _show_patches(Console(), results["tail_patch"])
-    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+    results = _run(lambda on_step: evaluate_tail_patch(settings, out, on_step=on_step))
+    _answer(results, out, _show_patches, "results, tables, plots and retrievals", as_json=as_json)
 
 
 @evaluation.command()
 def fusion(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    config: _Config,
     out: Annotated[Path, typer.Option(help="Folder for results, tables, plots and the list.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Look for one list that states facts as a lexical method does and moves the model as influence does."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.fusion_settings import FusionConfig
-    from trackstar.index_config import read_config
 
-    settings = make_config(FusionConfig, read_config(config))
-    from trackstar.evaluation.fusion_report import verdict
+    settings = make_config(FusionConfig, _content(config))
     from trackstar.evaluation.fusion_run import evaluate_fusion
 
-    quieten()
-    console = Console(stderr=True)
-    with StepProgress(console) as progress:
-        results = evaluate_fusion(
-            settings, out, on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS[step])
-        )
-    if as_json:
-        print_json(results)
-    else:
-        Console().print(verdict(results), highlight=False)
-    console.print(f"results, tables, plots and the list are in {out}", highlight=False)
+    results = _run(lambda on_step: evaluate_fusion(settings, out, on_step=on_step))
+    _answer(results, out, _show_verdict, "results, tables, plots and the list", as_json=as_json)
 
 
-def _show_patches(console: Console, section: dict[str, Any]) -> None:
+def _show_verdict(console: Console, results: dict[str, Any]) -> None:
+    from trackstar.evaluation.fusion_report import verdict
+
+    console.print(verdict(results), highlight=False)
+
+
+def _show_patches(console: Console, results: dict[str, Any]) -> None:
+    section = results["tail_patch"]
     deepest = section["depths"][-1]
     table = Table(title=f"tail-patch@{deepest}, percentage points", show_edge=False)
     table.add_column("method")
@@ -152,22 +120,19 @@ def _show_patches(console: Console, section: dict[str, Any]) -> None:
 def open_set(
     config: _Config,
     out: _Out,
-    queries: Annotated[int | None, typer.Option(min=1, help="Evaluate so many queries instead.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
+    queries: _Queries = None,
+    seed: _Seed = None,
     as_json: _Json = False,
 ) -> None:
     """Rank a corpus without annotated facts by every method, and judge the first proponents by entailment."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.open_config import OpenConfig
-    from trackstar.index_config import read_config
 
-    content = read_config(config)
-    content |= {name: value for name, value in (("queries", queries), ("seed", seed)) if value is not None}
-    settings = make_config(OpenConfig, content)
+    settings = make_config(OpenConfig, _content(config, queries=queries, seed=seed))
     from trackstar.evaluation.open_set import evaluate_open
 
     results = _run(lambda on_step: evaluate_open(settings, out, on_step=on_step))
-    _answer(results, out, _show, as_json=as_json)
+    _answer(results, out, _show, "results, tables and plots", as_json=as_json)
 
 
 @evaluation.command()
@@ -175,13 +140,12 @@ def categories(config: _Config, out: _Out, as_json: _Json = False) -> None:
     """Part the first proponents of retrieval files: entails the fact, names both entities, one, or neither."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.open_config import CategoriesConfig
-    from trackstar.index_config import read_config
 
-    settings = make_config(CategoriesConfig, read_config(config))
+    settings = make_config(CategoriesConfig, _content(config))
     from trackstar.evaluation.categories_run import evaluate_categories
 
     results = _run(lambda on_step: evaluate_categories(settings, out, on_step=on_step))
-    _answer(results, out, _show_categories, as_json=as_json)
+    _answer(results, out, _show_categories, "results, tables and plots", as_json=as_json)
 
 
 @evaluation.command()
@@ -189,31 +153,37 @@ def tasks(config: _Config, out: _Out, as_json: _Json = False) -> None:
     """Trace prompt sets beyond facts: what the model answers, what methods find, and how far they differ."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.task_settings import TasksConfig
-    from trackstar.index_config import read_config
 
-    settings = make_config(TasksConfig, read_config(config))
+    settings = make_config(TasksConfig, _content(config))
     from trackstar.evaluation.tasks_run import evaluate_tasks
 
     results = _run(lambda on_step: evaluate_tasks(settings, out, on_step=on_step))
-    _answer(results, out, _show_tasks, as_json=as_json)
+    _answer(results, out, _show_tasks, "results, tables and plots", as_json=as_json)
 
 
-def _run(evaluate: Callable[[OnStep], dict[str, Any]]) -> dict[str, Any]:
-    """Evaluate and show progress."""
+def _content(config: Path, **over: int | None) -> dict[str, Any]:
+    """What a file of settings says, with what options say in its place."""
+    from trackstar.index_config import read_config
+
+    return read_config(config) | {name: value for name, value in over.items() if value is not None}
+
+
+def _run(evaluate: Callable[[OnStep], dict[str, Any]], *, unit: str | None = "units") -> dict[str, Any]:
+    """Evaluate and show progress; `unit` is of steps that are not known by name."""
     quieten()
-    with contextlib.ExitStack() as held:
-        progress = held.enter_context(StepProgress(Console(stderr=True)))
-        return evaluate(lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")))
+    with StepProgress(Console(stderr=True)) as progress:
+        return evaluate(lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, unit)))
 
 
 def _answer(
-    results: dict[str, Any], out: Path, show: Callable[[Console, dict[str, Any]], None], *, as_json: bool
+    results: dict[str, Any], out: Path, show: Callable[[Console, dict[str, Any]], None], left: str, *, as_json: bool
 ) -> None:
+    """Show what was found, and say what was left where."""
     if as_json:
         print_json(results)
     else:
         show(Console(), results)
-    Console(stderr=True).print(f"results, tables and plots are in {out}", highlight=False)
+    Console(stderr=True).print(f"{left} are in {out}", highlight=False)
 
 
 def _show_tasks(console: Console, results: dict[str, Any]) -> None:
@@ -240,33 +210,20 @@ def _show_categories(console: Console, results: dict[str, Any]) -> None:
 
 @evaluation.command()
 def ablate(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    config: _Config,
     out: Annotated[Path, typer.Option(help="Folder for results, tables, plot, retrievals and indexes.")],
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw queries and resamples by another seed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+    seed: _Seed = None,
+    as_json: _Json = False,
 ) -> None:
     """Measure influence against the size d of its rows, training steps and model size, building every index."""
     from trackstar.evaluation.ablate_config import AblateConfig
     from trackstar.evaluation.config import make_config
-    from trackstar.index_config import read_config
 
-    content = read_config(config)
-    settings = make_config(AblateConfig, content if seed is None else {**content, "seed": seed})
+    settings = make_config(AblateConfig, _content(config, seed=seed))
     from trackstar.evaluation.ablate_run import evaluate_ablation
 
-    quieten()
-    console = Console(stderr=True)
-    with StepProgress(console) as progress:
-        results = evaluate_ablation(
-            settings,
-            out,
-            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step)),
-        )
-    if as_json:
-        print_json(results)
-    else:
-        _show_ablation(Console(), results)
-    console.print(f"results, tables, plot and retrievals are in {out}", highlight=False)
+    results = _run(lambda on_step: evaluate_ablation(settings, out, on_step=on_step), unit=None)
+    _answer(results, out, _show_ablation, "results, tables, plot and retrievals", as_json=as_json)
 
 
 def _show_ablation(console: Console, results: dict[str, Any]) -> None:
@@ -282,36 +239,24 @@ def _show_ablation(console: Console, results: dict[str, Any]) -> None:
 
 @evaluation.command()
 def lds(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; see docs/evaluation.md.")],
+    config: _Config,
     out: Annotated[Path, typer.Option(help="Folder for results, tables, plots, retrievals, model and indexes.")],
     seed: Annotated[int | None, typer.Option(min=0, help="Draw queries, passages and subsets by another seed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with the content of results.json.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Retrain a small model without some of its passages, and measure which method's scores foretell what that does."""
     from trackstar.evaluation.config import make_config
     from trackstar.evaluation.lds_config import LdsConfig
-    from trackstar.index_config import read_config
 
-    content = read_config(config)
-    settings = make_config(LdsConfig, content if seed is None else {**content, "seed": seed})
+    settings = make_config(LdsConfig, _content(config, seed=seed))
     from trackstar.evaluation.lds_run import evaluate_lds
 
-    quieten()
-    console = Console(stderr=True)
-    with contextlib.ExitStack() as held:
-        progress = held.enter_context(StepProgress(console))
-        engine = held.enter_context(_ray(settings.workers)) if settings.engine == "ray" else None
-        results = evaluate_lds(
-            settings,
-            out,
-            engine=engine,
-            on_step=lambda step, done, total: progress.at(step, done, total, unit=_UNITS.get(step, "units")),
-        )
-    if as_json:
-        print_json(results)
-    else:
-        _show_retraining(Console(), results)
-    console.print(f"results, tables, plots and retrievals are in {out}", highlight=False)
+    def evaluate(on_step: OnStep) -> dict[str, Any]:
+        with _ray(settings.workers) if settings.engine == "ray" else contextlib.nullcontext() as engine:
+            return evaluate_lds(settings, out, engine=engine, on_step=on_step)
+
+    results = _run(evaluate)
+    _answer(results, out, _show_retraining, "results, tables, plots and retrievals", as_json=as_json)
 
 
 def _ray(workers: int) -> Any:

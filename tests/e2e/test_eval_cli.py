@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests.folders import files
 from tests.tiny import save_model
 from trackstar.cli import main
 
@@ -107,10 +108,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         model=model,
         index=root / "index",
     )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_an_evaluation_from_end_to_end(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from tests.e2e.test_eval_cli import facts, files, sentences, write_lines
+from tests.e2e.test_eval_cli import facts, sentences, write_lines
+from tests.folders import files
 from tests.tiny import save_model
 from trackstar.cli import main
 from trackstar.engine import LocalEngine

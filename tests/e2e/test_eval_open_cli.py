@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.folders import files
 from tests.unit.test_evaluation_entailment import save_nli
 from trackstar.cli import main
 
@@ -37,10 +38,6 @@ def config(path: Path, **changes: Any) -> str:
 
 def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_an_open_set_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

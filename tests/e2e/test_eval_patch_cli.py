@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from tests.folders import files
 from trackstar.cli import main
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -36,10 +37,6 @@ FACTS: dict[str, Any] = {
     "tail_patch": {"model": MODEL, "queries": 4, "depths": [1, 3], "steps": STEPS},
     "compare": [["gold", "BM25"], ["by chance", "gold"]],
 }
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def run(command: str, settings: dict[str, Any], out: Path) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.folders import files
 from trackstar.cli import main
 from trackstar.evaluation.lexical import words_in
 
@@ -34,10 +35,6 @@ SETTINGS: dict[str, Any] = {
         "steps": [{"name": "SGD", "optimizer": "sgd", "learning_rate": 0.01}],
     },
 }
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_tasks_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,11 @@ class Grouping:
     labels: tuple[str, ...]
     order: tuple[str, ...]
 
+    def part(self, chosen: Sequence[int]) -> Grouping:
+        """Of some of the queries; labels that none of them has are gone."""
+        labels = tuple(self.labels[place] for place in chosen)
+        return Grouping(name=self.name, labels=labels, order=tuple(label for label in self.order if label in labels))
+
 
 def groupings(facts: Sequence[Fact], right: Mapping[str, bool]) -> list[Grouping]:
     """By frequency bucket, relation (the most frequent first), and right or wrong prediction where it is known."""

@@ -28,8 +28,6 @@ from trackstar.evaluation.measures import measure_all
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import FusionSettings, MethodSettings
 from trackstar.evaluation.methods import MethodMaker
-from trackstar.evaluation.patch_settings import TailPatchSettings
-from trackstar.evaluation.patching import Patching, drawn, first_of
 from trackstar.evaluation.plots import draw_all
 from trackstar.evaluation.predictions import correctness, model_files
 from trackstar.evaluation.report import difference, groupings, markdown, numbers, summarise
@@ -38,7 +36,8 @@ from trackstar.evaluation.selection import Selection, digest_of_asked
 from trackstar.evaluation.sentence_files import stored_sentences
 from trackstar.evaluation.sentences import Sentences
 from trackstar.evaluation.store import Asked, Finished, RetrievalStore
-from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables, summarise_patches
+from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables
+from trackstar.evaluation.tail_patch_run import judge_retrievals
 from trackstar.storage import digest_of, publish, publish_json
 
 # Changes when a method's answers change under the same settings, so that none is taken from before.
@@ -72,8 +71,16 @@ def evaluate_facts(config: FactsConfig, out: Path, *, on_step: OnStep = unheard)
     results = _results(config, sentences, facts, evaluated, finished, right)
     text = markdown(results)
     if config.tail_patch is not None:
-        results["tail_patch"] = _tail_patch(
-            config, config.tail_patch, out, sentences, evaluated, finished, right, on_step
+        results["tail_patch"] = judge_retrievals(
+            config.tail_patch,
+            out,
+            sentences,
+            evaluated.queries,
+            finished,
+            lambda chosen: groupings([evaluated.facts[place] for place in chosen], right),
+            Bootstrap(seed=config.seed, resamples=config.resamples),
+            compare=config.compare,
+            on_step=on_step,
         )
         text += "\n".join(["", "## Tail-patch", *patch_tables(results["tail_patch"]), ""])
         draw_patches(results["tail_patch"], out)
@@ -133,33 +140,6 @@ def run_methods(
     finally:
         maker.close()
     return finished
-
-
-def _tail_patch(
-    config: FactsConfig,
-    settings: TailPatchSettings,
-    out: Path,
-    sentences: Sentences,
-    evaluated: Asked,
-    finished: dict[str, Finished],
-    right: dict[str, bool],
-    on_step: OnStep,
-) -> dict[str, Any]:
-    """How much every method's first sentences move the model, on the same queries for all."""
-    chosen = drawn(len(evaluated.queries), settings.queries, config.seed)
-    depth = settings.depths[-1]
-    lists = {
-        name: [
-            [sentences.texts[position] for position in found.evaluated[place].positions[:depth].tolist()]
-            for place in chosen
-        ]
-        for name, found in finished.items()
-    }
-    queries = [evaluated.queries[place] for place in chosen]
-    measured = Patching(settings, out).measure(queries, first_of(lists, depth), on_step)
-    groups = groupings([evaluated.facts[place] for place in chosen], right)
-    bootstrap = Bootstrap(seed=config.seed, resamples=config.resamples)
-    return summarise_patches(measured, lists, groups, bootstrap, settings.depths, config.compare)
 
 
 def _results(

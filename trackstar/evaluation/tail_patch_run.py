@@ -13,7 +13,7 @@ Contract: the same settings on the same files give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,57 @@ from trackstar.errors import InvalidRequest
 from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.method import OnStep, unheard
 from trackstar.evaluation.method_settings import folder_name
-from trackstar.evaluation.patch_settings import TailPatchConfig
+from trackstar.evaluation.patch_settings import TailPatchConfig, TailPatchSettings
 from trackstar.evaluation.patching import Measured, Patching, drawn, first_of
 from trackstar.evaluation.released import files_of, groups_of, joined
+from trackstar.evaluation.report import Grouping
+from trackstar.evaluation.sentences import Sentences
+from trackstar.evaluation.store import Finished
 from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables, summarise_patches
 from trackstar.results import Query
 from trackstar.storage import file_digest, publish, publish_json
+
+
+def judge_retrievals(
+    settings: TailPatchSettings,
+    out: Path,
+    sentences: Sentences,
+    queries: Sequence[Query],
+    finished: Mapping[str, Finished],
+    groups: Callable[[Sequence[int]], Sequence[Grouping]],
+    bootstrap: Bootstrap,
+    *,
+    compare: Sequence[tuple[str, str]] = (),
+    on_step: OnStep = unheard,
+) -> dict[str, Any]:
+    """How much every method's first sentences move the model, on the same queries for all: a part of results.json.
+
+    Args:
+        settings: the model and its steps, how deep, and how many of the queries; drawn by the bootstrap's seed.
+        out: folder of the evaluation.
+        sentences: the corpus.
+        queries: those that were evaluated.
+        finished: what every method found for them.
+        groups: of the queries with these numbers.
+        bootstrap: how intervals are made.
+        compare: pairs of methods whose difference is measured.
+        on_step: progress.
+
+    Raises:
+        TrackstarError: as `Patching`.
+    """
+    chosen = drawn(len(queries), settings.queries, bootstrap.seed)
+    depth = settings.depths[-1]
+    lists = {
+        name: [
+            [sentences.texts[position] for position in found.evaluated[place].positions[:depth].tolist()]
+            for place in chosen
+        ]
+        for name, found in finished.items()
+    }
+    asked = [queries[place] for place in chosen]
+    measured = Patching(settings, out).measure(asked, first_of(lists, depth), on_step)
+    return summarise_patches(measured, lists, groups(chosen), bootstrap, settings.depths, compare)
 
 
 def evaluate_tail_patch(config: TailPatchConfig, out: Path, *, on_step: OnStep = unheard) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from trackstar.evaluation.intervals import Bootstrap
 from trackstar.evaluation.lexical import words_in
 from trackstar.evaluation.method import OnStep, text_of, unheard
 from trackstar.evaluation.method_settings import folder_name
-from trackstar.evaluation.patching import Patching, drawn, first_of
 from trackstar.evaluation.plots import draw_cells, drawing, save
 from trackstar.evaluation.predictions import kept_answers, model_files
 from trackstar.evaluation.report import Grouping, numbers, parted
@@ -44,7 +43,8 @@ from trackstar.evaluation.sentence_files import stored_sentences
 from trackstar.evaluation.sentences import Sentences
 from trackstar.evaluation.store import Asked, Finished
 from trackstar.evaluation.tables import mean, short, table, with_interval
-from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables, summarise_patches
+from trackstar.evaluation.tail_patch_report import draw_patches, patch_tables
+from trackstar.evaluation.tail_patch_run import judge_retrievals
 from trackstar.evaluation.task_model import measure_model
 from trackstar.evaluation.task_settings import TasksConfig
 from trackstar.evaluation.tasks import Task, read_task
@@ -99,7 +99,16 @@ def evaluate_tasks(config: TasksConfig, out: Path, *, on_step: OnStep = unheard)
     }
     text = markdown(results)
     if config.tail_patch is not None:
-        results["tail_patch"] = _tail_patch(config, out, sentences, queries, finished, group, bootstrap, on_step)
+        results["tail_patch"] = judge_retrievals(
+            config.tail_patch,
+            out,
+            sentences,
+            queries,
+            finished,
+            lambda chosen: [group.part(chosen)],
+            bootstrap,
+            on_step=on_step,
+        )
         text += "\n".join(["", "## Tail-patch", *patch_tables(results["tail_patch"]), ""])
         draw_patches(results["tail_patch"], out)
     publish_json(out / "results.json", results)
@@ -232,34 +241,6 @@ def _shared(config: TasksConfig, finished: Mapping[str, Finished], group: Groupi
         "overall": shares_QMM.mean(axis=0).tolist(),
         "by": {name: shares_QMM[labels == name].mean(axis=0).tolist() for name in group.order},
     }
-
-
-def _tail_patch(
-    config: TasksConfig,
-    out: Path,
-    sentences: Sentences,
-    queries: Sequence[Query],
-    finished: Mapping[str, Finished],
-    group: Grouping,
-    bootstrap: Bootstrap,
-    on_step: OnStep,
-) -> dict[str, Any]:
-    settings = config.tail_patch
-    assert settings is not None
-    chosen = drawn(len(queries), settings.queries, config.seed)
-    depth = settings.depths[-1]
-    lists = {
-        name: [
-            [sentences.texts[place] for place in known.evaluated[number].positions[:depth].tolist()]
-            for number in chosen
-        ]
-        for name, known in finished.items()
-    }
-    asked_queries = [queries[number] for number in chosen]
-    measured = Patching(settings, out).measure(asked_queries, first_of(lists, depth), on_step)
-    labels = tuple(group.labels[number] for number in chosen)
-    asked = Grouping(name=group.name, labels=labels, order=tuple(name for name in group.order if name in labels))
-    return summarise_patches(measured, lists, [asked], bootstrap, settings.depths)
 
 
 def _draw(results: Mapping[str, Any], folder: Path) -> None:
